@@ -1,0 +1,100 @@
+//! The store's rows on disk. The only place that names fjall.
+//!
+//! [`Storage`] is the seam: `fjall.rs` behind it in the server, `mem.rs` in tests and simulation.
+
+use bytes::Bytes;
+
+/// The buckets of etcd's backend. In `Key` rows are keyed by revision and hold encoded `KeyValue`s.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Bucket {
+    Alarm,
+    Auth,
+    AuthRoles,
+    AuthUsers,
+    Cluster,
+    Key,
+    Lease,
+    Members,
+    MembersRemoved,
+    Meta,
+}
+
+impl Bucket {
+    /// All buckets, in the order of their names in a backup file.
+    pub const ALL: [Bucket; 10] = [
+        Bucket::Alarm,
+        Bucket::Auth,
+        Bucket::AuthRoles,
+        Bucket::AuthUsers,
+        Bucket::Cluster,
+        Bucket::Key,
+        Bucket::Lease,
+        Bucket::Members,
+        Bucket::MembersRemoved,
+        Bucket::Meta,
+    ];
+
+    /// etcd's name of the bucket.
+    pub fn name(self) -> &'static str {
+        match self {
+            Bucket::Alarm => "alarm",
+            Bucket::Auth => "auth",
+            Bucket::AuthRoles => "authRoles",
+            Bucket::AuthUsers => "authUsers",
+            Bucket::Cluster => "cluster",
+            Bucket::Key => "key",
+            Bucket::Lease => "lease",
+            Bucket::Members => "members",
+            Bucket::MembersRemoved => "members_removed",
+            Bucket::Meta => "meta",
+        }
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The write or sync failed or the store is damaged: the process must stop acknowledging and exit.
+    #[error("storage: {0}")]
+    Fatal(String),
+}
+
+/// Changes that become visible together and survive a crash together or not at all.
+#[derive(Clone, Debug, Default)]
+pub struct WriteBatch {
+    /// In order; a later write to the same row wins. `None` deletes.
+    pub writes: Vec<(Bucket, Bytes, Option<Bytes>)>,
+}
+
+impl WriteBatch {
+    pub fn put(&mut self, bucket: Bucket, key: impl Into<Bytes>, value: impl Into<Bytes>) {
+        self.writes.push((bucket, key.into(), Some(value.into())));
+    }
+
+    pub fn delete(&mut self, bucket: Bucket, key: impl Into<Bytes>) {
+        self.writes.push((bucket, key.into(), None));
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.writes.is_empty()
+    }
+}
+
+/// Called for each row of a scan; returns whether to go on.
+pub type Visit<'a> = &'a mut dyn FnMut(&[u8], Bytes) -> bool;
+
+/// Rows on disk. One thread commits; any thread reads.
+pub trait Storage: Send + Sync + 'static {
+    fn get(&self, bucket: Bucket, key: &[u8]) -> Result<Option<Bytes>, Error>;
+
+    /// Rows with `from` <= key < `to` in ascending order, as of the call; an empty `to` means no upper bound.
+    fn scan(&self, bucket: Bucket, from: &[u8], to: &[u8], visit: Visit<'_>) -> Result<(), Error>;
+
+    /// Makes the batch visible, atomically, without syncing it.
+    fn commit(&self, batch: WriteBatch) -> Result<(), Error>;
+
+    /// When it returns, every batch committed before the call survives power loss.
+    fn sync(&self) -> Result<(), Error>;
+
+    /// Bytes on disk, for metrics.
+    fn disk_bytes(&self) -> u64;
+}
