@@ -11,6 +11,8 @@ pub struct KeyMeta {
     pub created: i64,
     /// Puts since then, this one included.
     pub version: i64,
+    /// Size of the row of `modified`: row key + value bytes.
+    pub row_bytes: u32,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -42,23 +44,44 @@ impl Index {
     }
 
     /// Records a put at `rev`, which is above every revision recorded so far.
-    pub fn put(&mut self, key: &[u8], rev: Revision) -> KeyMeta {
+    pub fn put(&mut self, key: &[u8], rev: Revision, row_bytes: u32) -> KeyMeta {
         todo!()
     }
 
     /// Records a delete at `rev`; returns what was deleted, `None` (and nothing recorded) if the key is not alive.
-    pub fn delete(&mut self, key: &[u8], rev: Revision) -> Option<KeyMeta> {
+    pub fn delete(&mut self, key: &[u8], rev: Revision, row_bytes: u32) -> Option<KeyMeta> {
         todo!()
     }
 
     /// Rebuilding at start, rows in ascending revision order: a put row with the `created` and `version` it stores.
     /// Rows of earlier revisions of the key may be missing (compacted).
-    pub fn restore_put(&mut self, key: &[u8], rev: Revision, created: i64, version: i64) {
+    pub fn restore_put(&mut self, key: &[u8], rev: Revision, created: i64, version: i64, row_bytes: u32) {
         todo!()
     }
 
     /// Rebuilding at start: a tombstone row.
-    pub fn restore_delete(&mut self, key: &[u8], rev: Revision) {
+    pub fn restore_delete(&mut self, key: &[u8], rev: Revision, row_bytes: u32) {
+        todo!()
+    }
+
+    /// One slice of clean-up after a compaction at `at`: looks at up to `keys` keys from `cursor` on (empty: the
+    /// first), drops the revisions that the compaction condemns, appends their rows (revision, tombstone, bytes) to
+    /// `removed`, and returns where to go on; `None` when done. Kept per key: the newest revision <= `at`, unless it
+    /// is a tombstone below `at`; a tombstone exactly at `at` stays.
+    pub fn compact_slice(
+        &mut self,
+        at: i64,
+        cursor: &[u8],
+        keys: usize,
+        removed: &mut Vec<(Revision, bool, u32)>,
+    ) -> Option<bytes::Bytes> {
+        todo!()
+    }
+
+    /// The set *keep* of the hash rule for revision `at`, ascending: for each key, look at its lifetimes (create to
+    /// tombstone; the last is open and may be empty); take the first lifetime whose tombstone is >= `at`, else the
+    /// open one; its newest row with main <= `at`, if any, unless that row is that lifetime's closing tombstone.
+    pub fn keep(&self, at: i64) -> Vec<Revision> {
         todo!()
     }
 }
