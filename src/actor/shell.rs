@@ -1,0 +1,202 @@
+//! The shell: runs an actor's core on an arbiter, batch by batch.
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use actix::{ActorContext, AsyncContext, Context, Handler};
+
+use super::{
+    Inbox, Message,
+    inbox::{Nudge, Queued},
+};
+
+/// An actor's core as the shell sees it.
+pub trait Actor: Unpin + 'static {
+    type Message: Message;
+    type Control: Send + 'static;
+
+    /// One message of the data lane.
+    fn on_message(&mut self, message: Self::Message, turn: &Turn);
+
+    /// One message of the control lane; comes before all data of the turn.
+    fn on_control(&mut self, message: Self::Control, turn: &Turn) -> Flow;
+
+    /// After the messages of a turn: do what is cheaper once per batch. Also called when a turn had no data.
+    fn on_turn_end(&mut self, turn: &Turn);
+
+    /// Takes no more data while false; control goes on, and any wake-up asks again.
+    fn ready(&mut self) -> bool {
+        true
+    }
+
+    /// True asks for another turn although no message may come: work is left that was put off.
+    fn has_work(&self) -> bool {
+        false
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flow {
+    Continue,
+    /// Ends the actor after this turn.
+    Stop,
+}
+
+/// What a core may know of the turn it is in.
+#[derive(Clone, Copy, Debug)]
+pub struct Turn {
+    /// When the turn began: the only clock a core sees.
+    pub now: Instant,
+}
+
+/// Starts `actor` on `arbiter`. If `vital`, a panic in it ends the process: nothing may be acknowledged after that.
+pub fn spawn<A, F>(arbiter: &actix_rt::ArbiterHandle, inbox: Inbox<A::Message, A::Control>, vital: bool, make: F)
+where
+    A: Actor,
+    F: FnOnce() -> A + Send + 'static,
+{
+    let waker = inbox.waker.clone();
+    let addr = <Shell<A> as actix::Actor>::start_in_arbiter(arbiter, move |_| Shell { core: make(), inbox, vital });
+    // The first nudge may have been asked for before there was anyone to send it to.
+    let _ = waker.target.set(addr.recipient());
+    waker.scheduled.store(false, Ordering::Release);
+    waker.wake();
+}
+
+struct Shell<A: Actor> {
+    core: A,
+    inbox: Inbox<A::Message, A::Control>,
+    vital: bool,
+}
+
+impl<A: Actor> actix::Actor for Shell<A> {
+    type Context = Context<Self>;
+}
+
+impl<A: Actor> Handler<Nudge> for Shell<A> {
+    type Result = ();
+
+    fn handle(&mut self, _: Nudge, ctx: &mut Context<Self>) {
+        let _guard = EndProcessOnPanic { name: self.inbox.stats.name, vital: self.vital };
+        // Before looking at the lanes: a message pushed from now on brings its own nudge.
+        self.inbox.waker.scheduled.store(false, Ordering::Release);
+        match self.turn() {
+            Next::Stop => ctx.stop(),
+            Next::Again => {
+                if !self.inbox.waker.scheduled.swap(true, Ordering::AcqRel) {
+                    ctx.notify(Nudge);
+                }
+            }
+            Next::Wait => {}
+        }
+    }
+}
+
+enum Next {
+    Stop,
+    Again,
+    Wait,
+}
+
+impl<A: Actor> Shell<A> {
+    fn turn(&mut self) -> Next {
+        let stats = self.inbox.stats.clone();
+        let now = Instant::now();
+        let turn = Turn { now };
+        stats.turn_begins(now);
+
+        let mut flow = Flow::Continue;
+        for control in self.inbox.control.try_iter() {
+            if self.core.on_control(control, &turn) == Flow::Stop {
+                flow = Flow::Stop;
+            }
+        }
+
+        let paused = stats.controls.paused.load(Ordering::Relaxed);
+        let mut batch = Batch::new(now);
+        let mut more = false;
+        if !paused && flow == Flow::Continue {
+            let batch_max = stats.controls.batch_max.load(Ordering::Relaxed);
+            let turn_max = Duration::from_micros(stats.controls.turn_micros_max.load(Ordering::Relaxed));
+            loop {
+                if batch.messages >= batch_max || !self.core.ready() {
+                    // Not ready: whoever makes room wakes us.
+                    more = batch.messages >= batch_max;
+                    break;
+                }
+                // The clock is read once per 16 messages: a turn may run over by at most that many.
+                if batch.messages % 16 == 15 && now.elapsed() > turn_max {
+                    more = true;
+                    break;
+                }
+                let Ok(Queued { message, at }) = self.inbox.data.try_recv() else { break };
+                stats.release(message.bytes());
+                let kind = message.kind();
+                batch.next(&stats, kind, at);
+                self.core.on_message(message, &turn);
+            }
+        }
+        batch.close(&stats);
+        self.core.on_turn_end(&turn);
+        stats.turn_ends(batch.messages, now.elapsed());
+        match flow {
+            Flow::Stop => Next::Stop,
+            Flow::Continue if more || self.core.has_work() => Next::Again,
+            Flow::Continue => Next::Wait,
+        }
+    }
+}
+
+/// Wait and service times of a batch; the clock is read when the kind of message changes, not for each message.
+struct Batch {
+    start: Instant,
+    mark: Instant,
+    kind: Option<usize>,
+    run: u64,
+    waited: Duration,
+    messages: usize,
+}
+
+impl Batch {
+    fn new(start: Instant) -> Self {
+        Self { start, mark: start, kind: None, run: 0, waited: Duration::ZERO, messages: 0 }
+    }
+
+    fn next(&mut self, stats: &super::Stats, kind: usize, queued: Instant) {
+        if self.kind != Some(kind) {
+            self.close(stats);
+            self.kind = Some(kind);
+            stats.works_on(kind, queued);
+        }
+        self.run += 1;
+        self.messages += 1;
+        self.waited += self.start.saturating_duration_since(queued);
+    }
+
+    fn close(&mut self, stats: &super::Stats) {
+        if let Some(kind) = self.kind.take() {
+            let now = Instant::now();
+            stats.served(kind, self.run, self.waited, now - self.mark);
+            self.mark = now;
+            self.run = 0;
+            self.waited = Duration::ZERO;
+        }
+    }
+}
+
+struct EndProcessOnPanic {
+    name: &'static str,
+    vital: bool,
+}
+
+impl Drop for EndProcessOnPanic {
+    fn drop(&mut self) {
+        if self.vital && std::thread::panicking() {
+            tracing::error!(
+                actor = self.name,
+                "actor panicked; ending the process so that nothing more is acknowledged"
+            );
+            std::process::exit(2);
+        }
+    }
+}
