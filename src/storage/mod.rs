@@ -1,8 +1,25 @@
 //! The store's rows on disk. The only place that names fjall.
 //!
 //! [`Storage`] is the seam: `fjall.rs` behind it in the server, `mem.rs` in tests and simulation.
+//! `layout.rs` knows which directory of the data directory is the store in use, `journal.rs` what power
+//! loss may leave of its unsynced end, `cache.rs` keeps hot values in memory.
+//!
+//! What a row means is not known here: `mvcc`, `apply` and `lease` write and read them.
 
 use bytes::Bytes;
+
+mod cache;
+#[cfg(test)]
+mod contract;
+pub mod fjall;
+mod journal;
+pub mod layout;
+pub mod mem;
+
+pub use self::fjall::{FjallStorage, Options};
+pub use self::journal::Repaired;
+pub use self::layout::{StoreDir, refuse_foreign};
+pub use self::mem::MemStorage;
 
 /// The buckets of etcd's backend. In `Key` rows are keyed by revision and hold encoded `KeyValue`s.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -56,6 +73,9 @@ pub enum Error {
     /// The write or sync failed or the store is damaged: the process must stop acknowledging and exit.
     #[error("storage: {0}")]
     Fatal(String),
+    /// The store cannot be opened as it stands; the text names the file and what to do.
+    #[error("storage: {0}")]
+    Refused(String),
 }
 
 /// Changes that become visible together and survive a crash together or not at all.
@@ -66,6 +86,8 @@ pub struct WriteBatch {
 }
 
 impl WriteBatch {
+    /// A value of `Bucket::Key` may stay in the value cache as it is: it should own its bytes alone, not be a
+    /// slice that keeps a larger buffer alive.
     pub fn put(&mut self, bucket: Bucket, key: impl Into<Bytes>, value: impl Into<Bytes>) {
         self.writes.push((bucket, key.into(), Some(value.into())));
     }
@@ -95,6 +117,15 @@ pub trait Storage: Send + Sync + 'static {
     /// When it returns, every batch committed before the call survives power loss.
     fn sync(&self) -> Result<(), Error>;
 
+    /// All rows as they stand now, unmoved by later commits. Rows it still needs stay on disk while it lives.
+    fn snapshot(&self) -> Box<dyn Snapshot>;
+
     /// Bytes on disk, for metrics.
     fn disk_bytes(&self) -> u64;
+}
+
+/// The rows as of one moment.
+pub trait Snapshot: Send + Sync {
+    /// As [`Storage::scan`].
+    fn scan(&self, bucket: Bucket, from: &[u8], to: &[u8], visit: Visit<'_>) -> Result<(), Error>;
 }

@@ -1,0 +1,426 @@
+//! Rows in fjall 3.1.
+//!
+//! ```text
+//! <dir>/format   magic and version of this layout
+//! <dir>/synced   how far the journal is durable (`journal.rs`)
+//! <dir>/rows/    fjall's files
+//! ```
+//!
+//! Two keyspaces share one journal and hence one order of batches. `key` holds `Bucket::Key`: keys ascend, so its
+//! tables never overlap and compaction moves them without rewriting; `rest` holds the other buckets under a
+//! prefix byte.
+//!
+//! A commit reaches the operating system, not the disk; [`Storage::sync`] makes it durable without
+//! holding up commits. What power loss leaves opens as a prefix of whole batches (`journal.rs`).
+//!
+//! `get` reads the newest committed row and may run ahead of the batch being committed; `scan` and snapshots see
+//! whole batches.
+
+use super::cache::ValueCache;
+use super::journal::{self, NoteFile, Repaired, Syncer};
+use super::{Bucket, Error, Snapshot, Storage, Visit, WriteBatch};
+use ::fjall::config::{BlockSizePolicy, CompressionPolicy, FilterPolicy};
+use ::fjall::{
+    AbstractTree, CompressionType, Database, Keyspace, KeyspaceCreateOptions, OwnedWriteBatch, PersistMode, Readable,
+};
+use bytes::Bytes;
+use std::fs::File;
+use std::io::{self, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// What the file `format` holds; the digits are the version.
+const FORMAT: &str = "actd store 1\n";
+const FORMAT_MAGIC: &str = "actd store ";
+
+/// fjall holds key lengths in 16 bits.
+const MAX_KEY_BYTES: usize = u16::MAX as usize - 1;
+
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Values of `Bucket::Key` kept in memory. 0 turns the cache off.
+    pub value_cache_bytes: u64,
+    /// Blocks of tables kept in memory. Small: hot values have a cache of their own.
+    pub block_cache_bytes: u64,
+    /// `key` rows collected in memory before they are written as a table. Up to four times as much waits
+    /// for the disk before commits block.
+    pub memtable_bytes: u64,
+    /// Journals beyond this make fjall flush what keeps the oldest. Bounds disk and the time of a start.
+    pub journal_bytes: u64,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            value_cache_bytes: 64 << 20,
+            block_cache_bytes: 32 << 20,
+            memtable_bytes: 32 << 20,
+            journal_bytes: 128 << 20,
+        }
+    }
+}
+
+pub struct FjallStorage {
+    db: Database,
+    key: Keyspace,
+    rest: Keyspace,
+    values: ValueCache,
+    syncer: Mutex<Syncer>,
+    committed_batches: AtomicU64,
+    blocked_micros: AtomicU64,
+    failed: AtomicBool,
+    repaired: Option<Repaired>,
+}
+
+impl FjallStorage {
+    /// An empty store in a new directory. Durable when it returns.
+    pub fn create(dir: &Path, options: &Options) -> Result<Self, Error> {
+        let rows = dir.join("rows");
+        std::fs::create_dir_all(&rows).map_err(|e| failed(dir, e))?;
+        drop(open_rows(&rows, options)?);
+        NoteFile::create(&dir.join("synced"))?;
+        let format = dir.join("format");
+        let write = || {
+            let mut file = File::create_new(&format)?;
+            file.write_all(FORMAT.as_bytes())?;
+            file.sync_all()
+        };
+        write().map_err(|e| failed(&format, e))?;
+        sync_directories(dir).map_err(|e| failed(dir, e))?;
+        Self::open(dir, options)
+    }
+
+    /// Opens a store, cutting what power loss tore.
+    pub fn open(dir: &Path, options: &Options) -> Result<Self, Error> {
+        check_format(dir)?;
+        let rows = dir.join("rows");
+        let (notes, note) = NoteFile::open(&dir.join("synced"))?;
+        refuse_locked(&rows)?;
+        let checked = journal::check(&rows, note, dir)?;
+        let (db, key, rest) = open_rows(&rows, options)?;
+        verify_opened(&rows, &checked, [&key, &rest])?;
+        let syncer = Syncer::new(&rows, &checked, notes, note)?;
+        Ok(Self {
+            db,
+            key,
+            rest,
+            values: ValueCache::new(options.value_cache_bytes),
+            syncer: Mutex::new(syncer),
+            committed_batches: AtomicU64::new(0),
+            blocked_micros: AtomicU64::new(0),
+            failed: AtomicBool::new(false),
+            repaired: checked.repaired,
+        })
+    }
+
+    /// What was cut off at open, if anything.
+    pub fn repaired(&self) -> Option<&Repaired> {
+        self.repaired.as_ref()
+    }
+
+    /// Time commits took beyond what their size explains: waiting for a flush, a compaction or the disk.
+    pub fn blocked(&self) -> Duration {
+        Duration::from_micros(self.blocked_micros.load(Ordering::Relaxed))
+    }
+
+    /// Rewrites all tables without deleted and overwritten rows. Long; reads and commits go on meanwhile.
+    pub fn major_compact(&self) -> Result<(), Error> {
+        for keyspace in [&self.rest, &self.key] {
+            keyspace.major_compact().map_err(|e| Error::Fatal(format!("compaction: {e}")))?;
+        }
+        Ok(())
+    }
+
+    /// Bytes the value cache holds.
+    pub fn value_cache_bytes(&self) -> u64 {
+        self.values.bytes()
+    }
+
+    fn keyspace(&self, bucket: Bucket) -> &Keyspace {
+        if bucket == Bucket::Key { &self.key } else { &self.rest }
+    }
+
+    fn count_blocked(&self, took: Duration, rows: usize, bytes: usize) {
+        // An unhindered commit takes about 2 µs a row and 1 µs a KiB.
+        let expected = Duration::from_micros(1000 + 4 * rows as u64 + bytes as u64 / 512);
+        if let Some(blocked) = took.checked_sub(expected) {
+            self.blocked_micros.fetch_add(blocked.as_micros() as u64, Ordering::Relaxed);
+        }
+    }
+
+    fn fail(&self, error: Error) -> Error {
+        self.failed.store(true, Ordering::Release);
+        error
+    }
+
+    fn check(&self) -> Result<(), Error> {
+        if self.failed.load(Ordering::Acquire) {
+            return Err(Error::Fatal("an earlier write or sync failed".into()));
+        }
+        Ok(())
+    }
+}
+
+impl Storage for FjallStorage {
+    fn get(&self, bucket: Bucket, key: &[u8]) -> Result<Option<Bytes>, Error> {
+        let read = || {
+            let found = with_row_key(bucket, key, |row_key| self.keyspace(bucket).get(row_key));
+            found.map(|found| found.map(to_bytes)).map_err(read_failed)
+        };
+        if bucket == Bucket::Key { self.values.get(key, read) } else { read() }
+    }
+
+    fn scan(&self, bucket: Bucket, from: &[u8], to: &[u8], visit: Visit<'_>) -> Result<(), Error> {
+        scan(&self.db.snapshot(), self.keyspace(bucket), bucket, from, to, visit)
+    }
+
+    fn commit(&self, batch: WriteBatch) -> Result<(), Error> {
+        self.check()?;
+        if batch.is_empty() {
+            return Ok(());
+        }
+        let rows = batch.writes.len();
+        let mut bytes = 0;
+        let mut changes = OwnedWriteBatch::with_capacity(self.db.clone(), rows).durability(Some(PersistMode::Buffer));
+        for (bucket, key, value) in &batch.writes {
+            let keyspace = self.keyspace(*bucket);
+            if key.len() > MAX_KEY_BYTES || (*bucket == Bucket::Key && key.is_empty()) {
+                return Err(self.fail(Error::Fatal(format!("commit: a row key of {} bytes", key.len()))));
+            }
+            with_row_key(*bucket, key, |row_key| match value {
+                Some(value) => {
+                    bytes += value.len();
+                    changes.insert(keyspace, row_key, &value[..]);
+                }
+                None => changes.remove(keyspace, row_key),
+            });
+        }
+        let start = Instant::now();
+        changes.commit().map_err(|e| self.fail(Error::Fatal(format!("commit: {e}"))))?;
+        self.count_blocked(start.elapsed(), rows, bytes);
+        self.committed_batches.fetch_add(1, Ordering::Release);
+        let key_rows = batch.writes.iter().filter(|(bucket, ..)| *bucket == Bucket::Key);
+        self.values.committed(key_rows.map(|(_, key, value)| (key, value.as_ref())));
+        Ok(())
+    }
+
+    fn sync(&self) -> Result<(), Error> {
+        let mut syncer = self.syncer.lock().map_err(|_| Error::Fatal("a sync panicked".into()))?;
+        self.check()?;
+        let committed = self.committed_batches.load(Ordering::Acquire);
+        syncer.sync(committed).map_err(|e| self.fail(e))
+    }
+
+    fn snapshot(&self) -> Box<dyn Snapshot> {
+        Box::new(FjallSnapshot { snapshot: self.db.snapshot(), key: self.key.clone(), rest: self.rest.clone() })
+    }
+
+    fn disk_bytes(&self) -> u64 {
+        // Fails only when the journal's lock is poisoned, and then commits fail too.
+        self.db.disk_space().unwrap_or(0)
+    }
+}
+
+struct FjallSnapshot {
+    snapshot: ::fjall::Snapshot,
+    key: Keyspace,
+    rest: Keyspace,
+}
+
+impl Snapshot for FjallSnapshot {
+    fn scan(&self, bucket: Bucket, from: &[u8], to: &[u8], visit: Visit<'_>) -> Result<(), Error> {
+        let keyspace = if bucket == Bucket::Key { &self.key } else { &self.rest };
+        scan(&self.snapshot, keyspace, bucket, from, to, visit)
+    }
+}
+
+fn scan(
+    snapshot: &::fjall::Snapshot,
+    keyspace: &Keyspace,
+    bucket: Bucket,
+    from: &[u8],
+    to: &[u8],
+    visit: Visit<'_>,
+) -> Result<(), Error> {
+    if !to.is_empty() && from >= to {
+        return Ok(());
+    }
+    let prefix = prefix(bucket);
+    let start = prefix.iter().chain(from).copied().collect::<Vec<_>>();
+    let end = match (prefix, to) {
+        (None, []) => None,
+        (None, to) => Some(to.to_vec()),
+        (Some(prefix), []) => Some(vec![prefix + 1]),
+        (Some(prefix), to) => Some([&[prefix], to].concat()),
+    };
+    let rows = match end {
+        Some(end) => snapshot.range(keyspace, start..end),
+        None => snapshot.range(keyspace, start..),
+    };
+    let skip = usize::from(prefix.is_some());
+    for row in rows {
+        let (key, value) = row.into_inner().map_err(read_failed)?;
+        if !visit(&key[skip..], to_bytes(value)) {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// On disk: never changes.
+fn prefix(bucket: Bucket) -> Option<u8> {
+    match bucket {
+        Bucket::Key => None,
+        Bucket::Alarm => Some(1),
+        Bucket::Auth => Some(2),
+        Bucket::AuthRoles => Some(3),
+        Bucket::AuthUsers => Some(4),
+        Bucket::Cluster => Some(5),
+        Bucket::Lease => Some(6),
+        Bucket::Members => Some(7),
+        Bucket::MembersRemoved => Some(8),
+        Bucket::Meta => Some(9),
+    }
+}
+
+fn with_row_key<T>(bucket: Bucket, key: &[u8], use_it: impl FnOnce(&[u8]) -> T) -> T {
+    let Some(prefix) = prefix(bucket) else { return use_it(key) };
+    let mut short = [0; 64];
+    match short.get_mut(..=key.len()) {
+        Some(row_key) => {
+            row_key[0] = prefix;
+            row_key[1..].copy_from_slice(key);
+            use_it(row_key)
+        }
+        None => use_it(&[&[prefix], key].concat()),
+    }
+}
+
+/// A small value is copied: as a slice it would keep its whole block in memory.
+fn to_bytes(value: ::fjall::UserValue) -> Bytes {
+    const OWN_BLOCK: usize = 16 << 10;
+    if value.len() < OWN_BLOCK { Bytes::copy_from_slice(&value) } else { Bytes::from_owner(value) }
+}
+
+fn open_rows(rows: &Path, options: &Options) -> Result<(Database, Keyspace, Keyspace), Error> {
+    let open = || {
+        let db = Database::builder(rows)
+            .cache_size(options.block_cache_bytes)
+            .max_journaling_size(options.journal_bytes)
+            // The scan in `journal.rs` reads plain records, and values are small.
+            .journal_compression(CompressionType::None)
+            // With one, a memtable cannot be sealed between a flush's sync of the journal and the flush, which
+            // takes all that are sealed: tables never hold what the journal could lose.
+            .worker_threads(1)
+            .open()?;
+        let key = db.keyspace("key", || {
+            KeyspaceCreateOptions::default()
+                .max_memtable_size(options.memtable_bytes)
+                // Ascending keys: a table's key range says all a filter could.
+                .filter_policy(FilterPolicy::disabled())
+                .expect_point_read_hits(true)
+                .data_block_size_policy(BlockSizePolicy::all(4 << 10))
+                .data_block_compression_policy(CompressionPolicy::new([
+                    CompressionType::None,
+                    CompressionType::None,
+                    CompressionType::Lz4,
+                ]))
+        })?;
+        let rest = db.keyspace("rest", || KeyspaceCreateOptions::default().max_memtable_size(8 << 20))?;
+        Ok((db, key, rest))
+    };
+    let opened: Result<::fjall::Result<_>, _> = catch_unwind(AssertUnwindSafe(open));
+    match opened {
+        Ok(Ok(opened)) => Ok(opened),
+        Ok(Err(::fjall::Error::Locked)) => Err(locked(rows)),
+        Ok(Err(e)) => Err(Error::Refused(format!(
+            "{}: {e}; if the disk is sound, move the member's data directory away and let it join again, or \
+             restore a backup",
+            rows.display()
+        ))),
+        Err(_) => Err(Error::Refused(format!(
+            "{}: the tables are damaged. Move the member's data directory away and let it join again, or restore \
+             a backup",
+            rows.display()
+        ))),
+    }
+}
+
+/// fjall must have found what `journal::check` found, and no table may be newer than the journals.
+fn verify_opened(rows: &Path, checked: &journal::Checked, keyspaces: [&Keyspace; 2]) -> Result<(), Error> {
+    let path = journal::path(rows, checked.newest);
+    let len = std::fs::metadata(&path).map_err(|e| failed(&path, e))?.len();
+    if len != checked.newest_end {
+        let text = format!("{}: {} bytes are whole, {len} were read", path.display(), checked.newest_end);
+        return Err(Error::Refused(text));
+    }
+    for keyspace in keyspaces {
+        let tables = keyspace.tree.get_highest_persisted_seqno();
+        if let (Some(tables), Some(journals)) = (tables, checked.last_seqno)
+            && tables > journals
+        {
+            return Err(Error::Refused(format!(
+                "{}: the end of the journal is lost, tables of {} hold newer rows. Move the member's data directory \
+                 away and let it join again, or restore a backup",
+                path.display(),
+                keyspace.name()
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// fjall syncs its files, but not every directory that names them.
+fn sync_directories(dir: &Path) -> io::Result<()> {
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            sync_directories(&entry.path())?;
+        }
+    }
+    File::open(dir)?.sync_all()
+}
+
+fn check_format(dir: &Path) -> Result<(), Error> {
+    let path = dir.join("format");
+    let text = std::fs::read_to_string(&path).map_err(|e| match e.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::InvalidData => {
+            Error::Refused(format!("{}: {e}: {} is no store of actd", path.display(), dir.display()))
+        }
+        _ => failed(&path, e),
+    })?;
+    if text == FORMAT {
+        return Ok(());
+    }
+    let said = match text.strip_prefix(FORMAT_MAGIC) {
+        Some(version) => format!("format {} is unknown to this version of actd; use a newer one", version.trim_end()),
+        None => "not the format file of a store of actd".into(),
+    };
+    Err(Error::Refused(format!("{}: {said}", path.display())))
+}
+
+/// Before the journals are looked at: they may be another process's.
+fn refuse_locked(rows: &Path) -> Result<(), Error> {
+    let path = rows.join("lock");
+    let file = File::open(&path).map_err(|e| failed(&path, e))?;
+    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(()),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(locked(rows)),
+        Err(e) => Err(failed(&path, e.into())),
+    }
+}
+
+fn locked(rows: &Path) -> Error {
+    Error::Refused(format!("{} is locked: another process uses this store", rows.display()))
+}
+
+fn failed(path: &Path, error: io::Error) -> Error {
+    Error::Fatal(format!("{}: {error}", path.display()))
+}
+
+fn read_failed(error: ::fjall::Error) -> Error {
+    Error::Fatal(format!("read: {error}"))
+}
