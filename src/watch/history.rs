@@ -1,0 +1,47 @@
+//! What a hub reads of the past.
+
+use crate::{
+    mvcc::{KeyRange, Revision, change::Change, record::RawKeyValue, view::View},
+    storage,
+};
+
+/// The newest published view and the rows behind it.
+pub trait History {
+    /// The newest published view; never older than the last message the hub got.
+    fn view(&self) -> &View;
+
+    /// The changes of keys in `range` from main revision `from` on, ascending, up to the view's revision.
+    ///
+    /// Whole revisions only: it stops after the revision in which a part of `limit` is reached. It may stop
+    /// earlier, even with no change at all, as long as `next_from` moves on: that bounds the time of one call.
+    /// [`HistoryError::Compacted`] if `from` is below the compact revision, also if that became so during the
+    /// call: a row that clean-up has taken away must never be missing silently.
+    fn changes(&mut self, range: KeyRange<'_>, from: i64, limit: HistoryLimit) -> Result<HistoryPage, HistoryError>;
+
+    /// The stored record of a put; `None` if compaction has taken it away.
+    fn record(&mut self, revision: Revision) -> Result<Option<RawKeyValue>, storage::Error>;
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct HistoryLimit {
+    /// Distinct main revisions.
+    pub revisions: usize,
+    /// Encoded events.
+    pub bytes: usize,
+}
+
+#[derive(Debug)]
+pub struct HistoryPage {
+    pub changes: Vec<Change>,
+    /// Every change below this revision has been delivered. Above the `from` asked for; at most the view's
+    /// revision + 1.
+    pub next_from: i64,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum HistoryError {
+    #[error("history before revision {compact_revision} has been compacted")]
+    Compacted { compact_revision: i64 },
+    #[error(transparent)]
+    Storage(#[from] storage::Error),
+}
