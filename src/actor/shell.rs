@@ -56,7 +56,7 @@ where
     F: FnOnce() -> A + Send + 'static,
 {
     let waker = inbox.waker.clone();
-    let addr = <Shell<A> as actix::Actor>::start_in_arbiter(arbiter, move |_| Shell { core: make(), inbox, vital });
+    let addr = <Shell<A> as actix::Actor>::start_in_arbiter(arbiter, move |_| Shell { inbox, core: make(), vital });
     // The first nudge may have been asked for before there was anyone to send it to.
     let _ = waker.target.set(addr.recipient());
     waker.scheduled.store(false, Ordering::Release);
@@ -64,8 +64,9 @@ where
 }
 
 struct Shell<A: Actor> {
-    core: A,
+    /// Dropped before the core: once the core is gone, senders are refused.
     inbox: Inbox<A::Message, A::Control>,
+    core: A,
     vital: bool,
 }
 

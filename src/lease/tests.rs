@@ -4,43 +4,7 @@ use bytes::Bytes;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 
 use super::*;
-use crate::storage::{self, Bucket, Storage, Visit, WriteBatch};
-
-/// Lease rows in memory.
-#[derive(Default)]
-struct Rows(std::sync::Mutex<BTreeMap<Bytes, Bytes>>);
-
-impl Storage for Rows {
-    fn get(&self, _: Bucket, key: &[u8]) -> Result<Option<Bytes>, storage::Error> {
-        Ok(self.0.lock().unwrap().get(key).cloned())
-    }
-
-    fn scan(&self, bucket: Bucket, _: &[u8], _: &[u8], visit: Visit<'_>) -> Result<(), storage::Error> {
-        assert_eq!(bucket, Bucket::Lease);
-        let rows = self.0.lock().unwrap().clone();
-        rows.into_iter().all(|(key, value)| visit(&key, value));
-        Ok(())
-    }
-
-    fn commit(&self, batch: WriteBatch) -> Result<(), storage::Error> {
-        for (bucket, key, value) in batch.writes {
-            assert_eq!(bucket, Bucket::Lease);
-            match value {
-                Some(value) => self.0.lock().unwrap().insert(key, value),
-                None => self.0.lock().unwrap().remove(&key),
-            };
-        }
-        Ok(())
-    }
-
-    fn sync(&self) -> Result<(), storage::Error> {
-        Ok(())
-    }
-
-    fn disk_bytes(&self) -> u64 {
-        0
-    }
-}
+use crate::storage::{Bucket, Storage, WriteBatch, mem::MemStorage};
 
 fn granted(leases: &[(i64, i64)]) -> Leases {
     let mut state = Leases::new(2);
@@ -102,7 +66,7 @@ fn rows_are_those_of_an_etcd_store() {
 #[test]
 fn negative_ids_survive_a_restart() {
     // L-1, L-28, H-36
-    let rows = Rows::default();
+    let rows = MemStorage::new();
     let mut batch = WriteBatch::default();
     let mut leases = Leases::new(2);
     leases.grant(i64::MIN, 60, &mut batch).unwrap();
@@ -118,8 +82,10 @@ fn negative_ids_survive_a_restart() {
 #[test]
 fn a_damaged_row_refuses_to_load() {
     for (row, value) in [(&b"\0\0\0\0\0\0\0\x05"[..], &b"\x08\x06"[..]), (b"\0\0\0\0\0\0\0\x05", b"\xff"), (b"", b"")] {
-        let rows = Rows::default();
-        rows.0.lock().unwrap().insert(Bytes::from_static(row), Bytes::from_static(value));
+        let rows = MemStorage::new();
+        let mut batch = WriteBatch::default();
+        batch.put(Bucket::Lease, Bytes::from_static(row), Bytes::from_static(value));
+        rows.commit(batch).unwrap();
         assert!(Leases::load(&rows, 2).is_err(), "{row:?} {value:?}");
     }
 }
@@ -186,7 +152,7 @@ fn a_view_keeps_its_leases_while_apply_goes_on() {
 fn leases_agree_with_a_naive_model() {
     for seed in 0..20 {
         let mut rng = StdRng::seed_from_u64(seed);
-        let rows = Rows::default();
+        let rows = MemStorage::new();
         let mut leases = Leases::new(2);
         let mut model: BTreeMap<i64, (i64, i64)> = BTreeMap::new();
         let mut model_keys: BTreeMap<Bytes, i64> = BTreeMap::new();
