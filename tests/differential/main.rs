@@ -16,7 +16,7 @@ mod histogram;
 mod known;
 mod watching;
 
-use std::{collections::HashMap, env, path::Path, time::Instant};
+use std::{collections::HashMap, env, path::Path, time::{Duration, Instant}};
 
 use actd::pb::etcdserverpb::{
     LeaseGrantRequest, LeaseKeepAliveRequest, LeaseKeepAliveResponse, LeaseLeasesRequest, PutRequest, RangeResponse,
@@ -38,6 +38,7 @@ const REQUESTS_PER_SESSION: u64 = 12_500;
 const WATCH_STREAMS: usize = 2;
 /// Watchers of a stream before it is replaced, so that a sync stays cheap.
 const WATCHERS_MAX: usize = 24;
+const ANSWER_WITHIN: Duration = Duration::from_secs(15);
 const DIFFERENCES_SHOWN: usize = 12;
 
 #[test]
@@ -97,7 +98,7 @@ async fn session(reference: &Path, subject: &Path, seed: u64, requests: u64, his
     let mut observer = Observer::open(clients, &run.identities).await;
     let mut streams = Vec::new();
     for _ in 0..WATCH_STREAMS {
-        streams.push(WatchPair::open(clients).await);
+        streams.push(WatchPair::open(clients));
     }
     let mut watchers = [0; WATCH_STREAMS];
     let mut done = 0;
@@ -152,7 +153,7 @@ async fn session(reference: &Path, subject: &Path, seed: u64, requests: u64, his
             let [a, b] = streams[stream].fragments();
             histogram.add("watch/fragments of the reference", a);
             histogram.add("watch/fragments of the subject", b);
-            streams[stream] = WatchPair::open(clients).await;
+            streams[stream] = WatchPair::open(clients);
             watchers[stream] = 0;
         }
         run.stop_on_many_differences(seed, done);
@@ -173,7 +174,10 @@ impl Run {
         let translated = sides[1].translate(&request);
         let [a, b] = &mut *sides;
         let first = a.own_member(&request);
-        let (mut reference, mut subject) = tokio::join!(a.call(first), b.call(translated));
+        let both = async { tokio::join!(a.call(first), b.call(translated)) };
+        let Ok((mut reference, mut subject)) = tokio::time::timeout(ANSWER_WITHIN, both).await else {
+            panic!("no answer within {ANSWER_WITHIN:?} to {}", shorten(&format!("{request:?}")));
+        };
         self.map_granted_lease(&mut sides[1], &request, &reference, &subject);
         self.identities[0].normalise(&request, &mut reference);
         self.identities[1].normalise(&request, &mut subject);
@@ -277,15 +281,18 @@ impl Side {
     /// One stream for the whole session, opened by the first request on it.
     async fn keep_alive(&mut self, id: i64) -> Result<Answer, Status> {
         let request = LeaseKeepAliveRequest { id };
+        let gone = || Status::unavailable("the keepalive stream ended");
         if self.keep_alive.is_none() {
             let (requests, outgoing) = unbounded_channel();
             let outgoing = UnboundedReceiverStream::new(outgoing);
+            // A server need not answer at all before the first request.
+            requests.send(request).map_err(|_| gone())?;
             let stream = self.client.lease.lease_keep_alive(outgoing).await?.into_inner();
             self.keep_alive = Some((requests, stream));
+        } else if let Some((requests, _)) = &self.keep_alive {
+            requests.send(request).map_err(|_| gone())?;
         }
-        let (requests, responses) = self.keep_alive.as_mut().expect("just opened");
-        let gone = || Status::unavailable("the keepalive stream ended");
-        requests.send(request).map_err(|_| gone())?;
+        let (_, responses) = self.keep_alive.as_mut().expect("open");
         let answer = responses.message().await.and_then(|answer| answer.ok_or_else(gone));
         if answer.is_err() {
             self.keep_alive = None;

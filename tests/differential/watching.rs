@@ -69,13 +69,17 @@ struct Side {
 }
 
 impl Side {
-    async fn open(client: &Client) -> Self {
+    fn open(client: &Client) -> Self {
         let (requests, outgoing) = unbounded_channel();
         let (incoming, responses) = unbounded_channel();
         let mut watch = client.watch.clone();
-        let mut stream = watch.watch(UnboundedReceiverStream::new(outgoing)).await.expect("a watch stream").into_inner();
-        // Reads all the time: an unread stream would hold up the other calls on its connection.
+        // Reads all the time: an unread stream would hold up the other calls on its connection. And it opens the stream,
+        // as a server need not answer at all before the first request.
         tokio::spawn(async move {
+            let mut stream = match watch.watch(UnboundedReceiverStream::new(outgoing)).await {
+                Ok(stream) => stream.into_inner(),
+                Err(status) => return drop(incoming.send(Err(status))),
+            };
             while let Some(response) = stream.message().await.transpose() {
                 if incoming.send(response).is_err() {
                     return;
@@ -169,8 +173,8 @@ pub struct WatchPair {
 }
 
 impl WatchPair {
-    pub async fn open(clients: [&Client; 2]) -> Self {
-        Self { sides: [Side::open(clients[0]).await, Side::open(clients[1]).await], watchers: Vec::new() }
+    pub fn open(clients: [&Client; 2]) -> Self {
+        Self { sides: clients.map(Side::open), watchers: Vec::new() }
     }
 
     /// Creates the watcher on both. Answers what the reference said, or how the two differ.
@@ -372,7 +376,7 @@ pub struct Observer {
 
 impl Observer {
     pub async fn open(clients: [&Client; 2], identities: &[Identity; 2]) -> Self {
-        let mut pair = WatchPair::open(clients).await;
+        let mut pair = WatchPair::open(clients);
         let everything = Bytes::from_static(b"\0");
         let request = WatchCreateRequest {
             key: everything.clone(),
