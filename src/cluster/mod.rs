@@ -1,1 +1,21 @@
+//! Who belongs to the cluster: ids, members, the cluster version, and how a new cluster begins.
+//!
+//! * [`Members`] is the replicated part, owned by apply and changed only by log entries.
+//! * [`conf_change`] reads and writes what a membership change carries in its entry.
+//! * [`bootstrap`] checks `--initial-cluster` and makes a founding member's first log entries.
+//! * [`ids`] computes member, cluster and request ids.
+//!
+//! Not here: proposing, raft's own configuration, talking to other members.
 
+pub mod bootstrap;
+pub mod conf_change;
+pub mod ids;
+mod json;
+mod members;
+#[cfg(test)]
+mod tests;
+mod version;
+
+pub use conf_change::{Change, DecodeError};
+pub use members::{Downgrade, Error, Member, Members, Refusal};
+pub use version::Version;

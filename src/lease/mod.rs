@@ -15,7 +15,7 @@ mod state;
 #[cfg(test)]
 mod tests;
 
-pub use expirer::{Expirer, Renewal};
+pub use expirer::{Expirer, REVOKING_MAX, Renewal};
 pub use set::LeaseSet;
 pub use state::{Error, Leases};
 

@@ -229,6 +229,7 @@ fn leases_agree_with_a_naive_model() {
 
 const ELECTION_MS: u64 = 1_000;
 const REQUEST_MS: u64 = 7_000;
+const NOTHING: [i64; 0] = [];
 
 fn leader(leases: &[(i64, i64)]) -> Expirer {
     let mut expirer = Expirer::new(ELECTION_MS, REQUEST_MS, false);
@@ -248,9 +249,9 @@ fn a_lease_ends_at_its_deadline_and_not_before() {
     // L-17
     let mut expirer = leader(&[(1, 10), (2, 5)]);
     assert_eq!(expirer.next_at(), Some(5_000));
-    assert_eq!(expirer.tick(4_999), []);
+    assert_eq!(expirer.tick(4_999), NOTHING);
     assert_eq!(expirer.tick(5_000), [2]);
-    assert_eq!(expirer.tick(9_999), []);
+    assert_eq!(expirer.tick(9_999), NOTHING);
     assert_eq!(expirer.tick(10_000), [1]);
 }
 
@@ -259,7 +260,7 @@ fn a_renewal_gives_the_whole_time_again() {
     // L-7, L-17, L-20, L-22
     let mut expirer = leader(&[(1, 10)]);
     assert_eq!(expirer.on_renew(1, 9_999), renewed(10));
-    assert_eq!(expirer.tick(10_000), []);
+    assert_eq!(expirer.tick(10_000), NOTHING);
     assert_eq!(expirer.remaining_ms(1, 10_000), Some(9_999));
     assert_eq!(expirer.next_at(), Some(19_999));
     assert_eq!(expirer.tick(19_999), [1]);
@@ -278,7 +279,7 @@ fn an_expired_lease_is_not_revived_and_then_unknown() {
     assert_eq!(expirer.on_renew(1, 10_002), Renewal::Unknown);
     expirer.on_granted(1, 3, 11_000);
     assert_eq!(expirer.on_renew(1, 11_001), renewed(3));
-    assert_eq!(expirer.tick(14_000), []);
+    assert_eq!(expirer.tick(14_000), NOTHING);
     assert_eq!(expirer.tick(14_001), [1]);
 }
 
@@ -288,12 +289,12 @@ fn a_lost_revocation_is_tried_again_after_the_request_timeout() {
     let mut expirer = leader(&[(1, 10)]);
     assert_eq!(expirer.tick(10_100), [1]);
     assert_eq!(expirer.next_at(), Some(17_100));
-    assert_eq!(expirer.tick(17_099), []);
+    assert_eq!(expirer.tick(17_099), NOTHING);
     assert_eq!(expirer.on_renew(1, 17_099), Renewal::Expired);
     assert_eq!(expirer.tick(17_100), [1]);
     expirer.on_revoked(1);
     assert_eq!(expirer.next_at(), None);
-    assert_eq!(expirer.tick(99_999), []);
+    assert_eq!(expirer.tick(99_999), NOTHING);
 }
 
 #[test]
@@ -316,11 +317,11 @@ fn a_demoted_leader_expires_and_renews_nothing() {
     expirer.on_demoted();
     assert_eq!(expirer.on_renew(1, 3_000), Renewal::NotLeader);
     expirer.on_granted(3, 2, 3_000);
-    assert_eq!(expirer.tick(u64::MAX / 2), []);
+    assert_eq!(expirer.tick(u64::MAX / 2), NOTHING);
     assert_eq!((expirer.remaining_ms(1, 0), expirer.next_at(), expirer.revoking()), (None, None, 0));
     let leases = granted(&[(1, 10), (2, 2), (3, 2)]);
     expirer.on_leader(50_000, leases.set());
-    assert_eq!(expirer.tick(52_999), []);
+    assert_eq!(expirer.tick(52_999), NOTHING);
     assert_eq!(expirer.tick(53_000), [2, 3]);
     expirer.on_revoked(2);
     expirer.on_revoked(3);
@@ -402,7 +403,7 @@ fn renewals_do_not_grow_memory() {
     for now in 0..1_000_000 {
         assert_eq!(expirer.on_renew(1, now), renewed(10));
         if now % 1_000 == 0 {
-            assert_eq!(expirer.tick(now), []);
+            assert_eq!(expirer.tick(now), NOTHING);
         }
     }
     assert_eq!(expirer.places(), (1, 1));

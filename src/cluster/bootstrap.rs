@@ -1,0 +1,161 @@
+//! How a new cluster begins: `--initial-cluster`, and the first log entries, which every founding member writes by
+//! itself and which must agree to the byte.
+
+use std::{collections::BTreeMap, fmt};
+
+use prost::Message;
+
+use super::{Change, Member, Version, ids};
+use crate::pb::{
+    etcdserverpb::InternalRaftRequest,
+    membershippb::{Attributes, ClusterMemberAttrSetRequest, ClusterVersionSetRequest},
+    raftpb::{Entry, EntryType, HardState},
+};
+
+/// Term of the first entries; the first election is for the next one.
+const FIRST_TERM: u64 = 1;
+
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    #[error("{0}")]
+    Url(String),
+    #[error("couldn't find local name {0:?} in the initial cluster configuration")]
+    UnknownName(String),
+    #[error("initial cluster {0} has duplicate url")]
+    DuplicateUrl(String),
+    #[error("--initial-cluster has {missing} but missing from --initial-advertise-peer-urls={advertised} ({reason})")]
+    NotAdvertised { missing: String, advertised: String, reason: String },
+    #[error("--initial-advertise-peer-urls has {missing} but missing from --initial-cluster={initial} ({reason})")]
+    NotInitial { missing: String, initial: String, reason: String },
+}
+
+/// Names and peer URLs of the members a cluster begins with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InitialCluster {
+    /// The URLs of each name, sorted.
+    members: BTreeMap<String, Vec<String>>,
+}
+
+impl InitialCluster {
+    /// Reads `a=http://h:1,a=http://h:2,b=http://i:1`; `parse_url` checks one URL and returns its normal form.
+    pub fn parse(text: &str, parse_url: impl Fn(&str) -> Result<String, String>) -> Result<Self, Error> {
+        let mut members: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for pair in text.split(',').filter(|pair| !pair.is_empty()) {
+            let (name, url) = pair.split_once('=').unwrap_or((pair, ""));
+            members.entry(name.to_owned()).or_default().push(parse_url(url).map_err(Error::Url)?);
+        }
+        for urls in members.values_mut() {
+            urls.sort_unstable();
+        }
+        Ok(Self { members })
+    }
+
+    /// Whether the member `name`, which tells others `advertised` (in any order), may begin a cluster with this. Host
+    /// names are compared as written; a caller that resolves them passes resolved ones on both sides.
+    pub fn validate(&self, name: &str, advertised: &[String]) -> Result<(), Error> {
+        let own = self.members.get(name).ok_or_else(|| Error::UnknownName(name.to_owned()))?;
+        let mut all: Vec<&String> = self.members.values().flatten().collect();
+        all.sort_unstable();
+        if all.windows(2).any(|pair| pair[0] == pair[1]) {
+            return Err(Error::DuplicateUrl(self.to_string()));
+        }
+        let mut advertised = advertised.to_vec();
+        advertised.sort_unstable();
+        if *own == advertised {
+            return Ok(());
+        }
+        let not_in = |urls: &[String], other: &[String]| {
+            urls.iter().filter(|url| !other.contains(url)).cloned().collect::<Vec<_>>().join(",")
+        };
+        let reason = difference(&advertised, own);
+        let missing = not_in(own, &advertised);
+        if !missing.is_empty() {
+            return Err(Error::NotAdvertised { missing, advertised: advertised.join(","), reason });
+        }
+        let missing = not_in(&advertised, own).split(',').map(|url| format!("{name}={url}")).collect::<Vec<_>>();
+        Err(Error::NotInitial { missing: missing.join(","), initial: self.to_string(), reason })
+    }
+
+    /// The cluster that these members begin with this token.
+    pub fn found(&self, token: &str) -> Founding {
+        let mut members: Vec<Member> = self
+            .members
+            .iter()
+            .map(|(name, peer_urls)| Member {
+                id: ids::member_id_for_bootstrap(peer_urls, token),
+                peer_urls: peer_urls.clone(),
+                name: name.clone(),
+                ..Member::default()
+            })
+            .collect();
+        members.sort_unstable_by_key(|member| member.id);
+        let ids: Vec<u64> = members.iter().map(|member| member.id).collect();
+        Founding { cluster_id: ids::cluster_id(&ids), members }
+    }
+}
+
+/// `a=http://h:1,b=http://i:1`, sorted.
+impl fmt::Display for InitialCluster {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let pairs = self.members.iter().flat_map(|(name, urls)| urls.iter().map(move |url| format!("{name}={url}")));
+        f.write_str(&pairs.collect::<Vec<_>>().join(","))
+    }
+}
+
+/// What all founding members agree on before the first message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Founding {
+    pub cluster_id: u64,
+    /// By ascending id.
+    pub members: Vec<Member>,
+}
+
+impl Founding {
+    pub fn member_id(&self, name: &str) -> Option<u64> {
+        self.members.iter().find(|member| member.name == name).map(|member| member.id)
+    }
+
+    /// The first entries of the log: each member joins, in order of the ids.
+    pub fn entries(&self) -> Vec<Entry> {
+        let change = |member: &Member| Change::Add(member.clone()).encode(0).encode_to_vec();
+        let entry = |(index, member)| Entry {
+            r#type: Some(EntryType::EntryConfChange.into()),
+            term: Some(FIRST_TERM),
+            index: Some(index),
+            data: Some(change(member).into()),
+        };
+        (1..).zip(&self.members).map(entry).collect()
+    }
+
+    /// The first entries are committed from the start: nobody can disagree with them.
+    pub fn hard_state(&self) -> HardState {
+        HardState { term: Some(FIRST_TERM), vote: Some(0), commit: Some(self.members.len() as u64) }
+    }
+}
+
+/// Tells the cluster this member's name and client URLs, proposed after each start until applied.
+pub fn publish_request(member_id: u64, name: &str, client_urls: &[String]) -> InternalRaftRequest {
+    let attributes = Attributes { name: name.to_owned(), client_urls: client_urls.to_vec() };
+    let request = ClusterMemberAttrSetRequest { member_id, member_attributes: Some(attributes) };
+    InternalRaftRequest { cluster_member_attr_set: Some(request), ..Default::default() }
+}
+
+/// Raises (or, at the end of a downgrade, lowers) the cluster version; proposed by the leader.
+pub fn cluster_version_request(version: Version) -> InternalRaftRequest {
+    let request = ClusterVersionSetRequest { ver: version.cluster_version().to_string() };
+    InternalRaftRequest { cluster_version_set: Some(request), ..Default::default() }
+}
+
+fn difference(advertised: &[String], initial: &[String]) -> String {
+    match advertised.iter().zip(initial).find(|(a, b)| a != b) {
+        Some((a, b)) if advertised.len() == initial.len() => {
+            format!("{a:?}(resolved from {a:?}) != {b:?}(resolved from {b:?})")
+        }
+        _ => format!("len({}) != len({})", quoted(advertised), quoted(initial)),
+    }
+}
+
+fn quoted(urls: &[String]) -> String {
+    let urls: Vec<String> = urls.iter().map(|url| format!("{url:?}")).collect();
+    format!("[{}]", urls.join(" "))
+}
