@@ -25,7 +25,7 @@ pub trait Disk: Send + Sync {
     /// Names in the directory, in no order.
     fn list(&self, dir: &Path) -> io::Result<Vec<String>>;
 
-    /// Makes the directory and those above it, for the owner only.
+    /// Makes the directory and those missing above it, for the owner only and durably.
     fn create_dir(&self, dir: &Path) -> io::Result<()>;
 
     /// Removes the directory and all it holds; no error if there is none.
@@ -82,7 +82,19 @@ impl Disk for RealDisk {
     }
 
     fn create_dir(&self, dir: &Path) -> io::Result<()> {
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)
+        let parent = match dir.parent() {
+            None => return Ok(()),
+            Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
+            Some(parent) => parent,
+        };
+        if !parent.exists() {
+            self.create_dir(parent)?;
+        }
+        match fs::DirBuilder::new().mode(0o700).create(dir) {
+            Ok(()) => self.sync_dir(parent),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 
     fn remove_dir(&self, dir: &Path) -> io::Result<()> {

@@ -19,6 +19,7 @@ pub mod disk;
 mod record;
 mod recovery;
 mod segment;
+pub mod sim;
 
 use std::{
     collections::VecDeque,
@@ -254,7 +255,7 @@ impl Wal {
             }
         }
 
-        let last_index = recovered.snapshot.index() + recovered.entries.len() as u64;
+        let last_index = recovered.entries.last().map_or(recovered.snapshot.index(), raftpb::Entry::index);
         let mut wal = Wal {
             offset: log.end,
             encoder: Encoder::with_crc(log.crc),
@@ -272,6 +273,9 @@ impl Wal {
             segments,
             options,
         };
+        if log.end == 0 {
+            wal.put_head();
+        }
         if log.has_unusable_snapshots {
             // A crash came between the record of a snapshot from the leader and the hard state that commits it, so that
             // snapshot was never installed. As the last record counts, this keeps it unused when the commit index grows.
@@ -488,11 +492,7 @@ impl Wal {
         let name = Name { sequence: self.last_name().sequence + 1, index: self.highest_index + 1 };
         self.segments.push_back(Segment { name, file });
         self.offset = 0;
-        self.encoder.put_crc();
-        self.encoder.put_metadata(&self.metadata);
-        if parts(&self.hard_state) != (0, 0, 0) {
-            self.encoder.put_state(&self.hard_state);
-        }
+        self.put_head();
         self.flush(done)?;
         self.sync(done)?;
         // Only a segment that has its head gets a name.
@@ -503,6 +503,15 @@ impl Wal {
         }
         done.cut = true;
         Ok(())
+    }
+
+    /// The first records of every segment but the first.
+    fn put_head(&mut self) {
+        self.encoder.put_crc();
+        self.encoder.put_metadata(&self.metadata);
+        if parts(&self.hard_state) != (0, 0, 0) {
+            self.encoder.put_state(&self.hard_state);
+        }
     }
 
     /// Makes the file of the segment after the last one.

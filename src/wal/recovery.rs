@@ -51,7 +51,7 @@ pub(super) struct Log {
     pub segments: Vec<Segment>,
     /// Whether there are snapshot records beyond the commit index.
     pub has_unusable_snapshots: bool,
-    /// Where the last segment's last record ends.
+    /// Where the last segment's last record ends; 0 if even its head is not whole, which is to be written then.
     pub end: u64,
     pub crc: u32,
 }
@@ -83,7 +83,7 @@ pub(super) fn recover(disk: &dyn Disk, dir: &Path) -> Result<Log> {
         });
     };
     let replay = Replay::of(&segments[first..], dir, &start)?;
-    let last_index = start.index() + replay.entries.len() as u64;
+    let last_index = start.index().saturating_add(replay.entries.len() as u64);
     if commit > last_index {
         return Err(Error::Incomplete {
             what: format!("the hard state says that index {commit} is committed, but the log ends at {last_index}"),
@@ -91,6 +91,10 @@ pub(super) fn recover(disk: &dyn Disk, dir: &Path) -> Result<Log> {
     }
     let Some((metadata, metadata_bytes)) = replay.metadata else {
         return Err(Error::Incomplete { what: "it has no metadata record".to_owned() });
+    };
+    let (end, crc) = match survey.tail.has_records {
+        true => (survey.tail.end, survey.tail.crc),
+        false => (0, survey.tail.crc_before),
     };
     Ok(Log {
         has_unusable_snapshots: snapshots.len() < snapshot_count,
@@ -104,8 +108,8 @@ pub(super) fn recover(disk: &dyn Disk, dir: &Path) -> Result<Log> {
         },
         metadata_bytes,
         segments,
-        end: survey.tail.end,
-        crc: survey.tail.crc,
+        end,
+        crc,
     })
 }
 
@@ -124,7 +128,7 @@ fn open_segments(disk: &dyn Disk, dir: &Path) -> Result<Vec<Segment>> {
         return Err(Error::NoLog { dir: dir.to_owned() });
     }
     for pair in names.windows(2) {
-        if pair[0].sequence + 1 != pair[1].sequence {
+        if pair[0].sequence.checked_add(1) != Some(pair[1].sequence) {
             return Err(Error::Incomplete {
                 what: format!("segments between {} and {} are missing", pair[0], pair[1]),
             });
@@ -145,6 +149,10 @@ struct Tail {
     end: u64,
     crc: u32,
     torn: Option<&'static str>,
+    /// The rolling CRC before the last segment.
+    crc_before: u32,
+    /// Whether the last segment has any record but its CRC record.
+    has_records: bool,
 }
 
 /// Shows every record of the segments to `visit`, which may say what is wrong with it. Only the last segment may have
@@ -155,16 +163,23 @@ fn read(
     mut visit: impl FnMut(&Record) -> std::result::Result<(), String>,
 ) -> Result<Tail> {
     let mut crc = 0;
-    let mut tail = Tail { end: 0, crc: 0, torn: None };
+    let mut tail = Tail { end: 0, crc: 0, torn: None, crc_before: 0, has_records: false };
     for (position, segment) in segments.iter().enumerate() {
         let is_last = position + 1 == segments.len();
         let path = dir.join(segment.name.to_string());
         let mut reader = Reader::new(segment.file.as_ref()).map_err(Error::io("read", &path))?;
+        tail.crc_before = crc;
+        tail.has_records = false;
         tail.torn = loop {
             let offset = reader.offset();
             let damaged = |what: String| Err(Error::Damaged { segment: path.clone(), offset, what });
             match reader.next(&mut crc).map_err(Error::io("read", &path))? {
                 Found::Record(record) => {
+                    let is_crc = record.kind == i64::from(kind::CRC);
+                    if offset == 0 && !is_crc {
+                        return damaged("the segment does not begin with a CRC record".to_owned());
+                    }
+                    tail.has_records |= !is_crc;
                     if let Err(what) = visit(&record) {
                         return damaged(what);
                     }
@@ -194,12 +209,7 @@ impl Survey {
         let mut snapshots = Vec::new();
         let tail = read(segments, dir, |record| {
             if record.kind == i64::from(kind::STATE) {
-                let state = raftpb::HardState::decode(record.data).map_err(|error| undecodable("state", &error))?;
-                hard_state = raftpb::HardState {
-                    term: Some(state.term()),
-                    vote: Some(state.vote()),
-                    commit: Some(state.commit()),
-                };
+                hard_state = decode_state(record)?;
             } else if record.kind == i64::from(kind::SNAPSHOT) {
                 snapshots.push(decode_snapshot(record)?);
             }
@@ -240,15 +250,13 @@ impl Replay {
                 }
             },
             kind::ENTRY => {
-                // The entry's data is a part of this copy, so it is copied once.
-                let entry = raftpb::Entry::decode(Bytes::copy_from_slice(record.data))
-                    .map_err(|error| undecodable("entry", &error))?;
+                let entry = decode_entry(record)?;
                 if entry.index() <= start.index() {
                     return Ok(());
                 }
                 let position = entry.index() - start.index() - 1;
                 if position > self.entries.len() as u64 {
-                    let expected = start.index() + self.entries.len() as u64 + 1;
+                    let expected = entry.index() - position + self.entries.len() as u64;
                     return Err(format!("entry {} follows, but entry {expected} is missing", entry.index()));
                 }
                 // A later entry replaces the one of its index and all after it.
@@ -271,6 +279,30 @@ impl Replay {
         }
         Ok(())
     }
+}
+
+// The checksum covers the data of a record but not its type, and an entry's and a state's fields have the same numbers.
+// What cannot be the one is therefore refused, lest a flipped bit in the type makes it the other.
+
+fn decode_state(record: &Record) -> std::result::Result<raftpb::HardState, String> {
+    let state = raftpb::HardState::decode(record.data).map_err(|error| undecodable("state", &error))?;
+    let is_state = state.encoded_len() == record.data.len();
+    let is_possible = state.term() > 0 || (state.vote() == 0 && state.commit() == 0);
+    if !is_state || !is_possible {
+        return Err("a state record holds something else".to_owned());
+    }
+    Ok(raftpb::HardState { term: Some(state.term()), vote: Some(state.vote()), commit: Some(state.commit()) })
+}
+
+fn decode_entry(record: &Record) -> std::result::Result<raftpb::Entry, String> {
+    // The entry's data is a part of this copy, so it is copied once.
+    let entry = raftpb::Entry::decode(Bytes::copy_from_slice(record.data))
+        .map_err(|error| undecodable("entry", &error))?;
+    let raw_type = entry.r#type.unwrap_or(0);
+    if raftpb::EntryType::try_from(raw_type).is_err() || (raw_type != 0 && entry.data().is_empty()) {
+        return Err(format!("an entry record holds something else (entry type {raw_type})"));
+    }
+    Ok(entry)
 }
 
 fn decode_snapshot(record: &Record) -> std::result::Result<walpb::Snapshot, String> {

@@ -117,6 +117,10 @@ impl<'a> Reader<'a> {
             let body = self.read(body_start, frame.body_bytes() as usize)?;
             let record = Record::parse(&body[..frame.record_bytes as usize]);
             match record.and_then(|record| record.follow(*crc)) {
+                // No writer leaves this, and the next record would be looked for at the wrong place.
+                Some(_) if frame != Frame::of(frame.record_bytes) => {
+                    return Ok(Found::Damaged("the padding in the length field of a record is wrong"));
+                }
                 Some(next) => Ok(next),
                 None if lost_a_sector(body_start, body) => Err("a part of the record was never written"),
                 None if record.is_none() => return Ok(Found::Damaged("the record does not parse")),
