@@ -99,13 +99,13 @@ pub fn parse_go_duration(text: &str) -> Result<i64, String> {
     }
 }
 
-/// Quotes as Go's error texts do: non-ASCII bytes as `\x..`.
+/// Quotes as Go's duration errors do: control and non-ASCII bytes as `\x..`.
 fn go_quote(text: &str) -> String {
     let mut out = String::from("\"");
     for byte in text.bytes() {
         match byte {
             b'"' | b'\\' => out.extend(['\\', byte as char]),
-            b' '..=b'~' => out.push(byte as char),
+            b' '..=0x7f => out.push(byte as char),
             _ => out.push_str(&format!("\\x{byte:02x}")),
         }
     }

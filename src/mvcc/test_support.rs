@@ -2,10 +2,12 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::{Arc, RwLock},
+    sync::Arc,
 };
 
+use arc_swap::ArcSwap;
 use bytes::Bytes;
+use imbl::OrdMap;
 
 use super::{
     change::Change,
@@ -22,19 +24,19 @@ use crate::{
 
 #[derive(Default)]
 pub struct Memory {
-    rows: RwLock<BTreeMap<(Bucket, Bytes), Bytes>>,
+    rows: ArcSwap<OrdMap<(Bucket, Bytes), Bytes>>,
 }
 
 impl Memory {
     pub fn rows(&self, bucket: Bucket) -> Vec<(Bytes, Bytes)> {
-        let rows = self.rows.read().unwrap();
+        let rows = self.rows.load();
         rows.iter().filter(|((b, _), _)| *b == bucket).map(|((_, k), v)| (k.clone(), v.clone())).collect()
     }
 }
 
 impl Storage for Memory {
     fn get(&self, bucket: Bucket, key: &[u8]) -> Result<Option<Bytes>, Error> {
-        Ok(self.rows.read().unwrap().get(&(bucket, Bytes::copy_from_slice(key))).cloned())
+        Ok(self.rows.load().get(&(bucket, Bytes::copy_from_slice(key))).cloned())
     }
 
     fn scan(&self, bucket: Bucket, from: &[u8], to: &[u8], visit: Visit<'_>) -> Result<(), Error> {
@@ -47,13 +49,14 @@ impl Storage for Memory {
     }
 
     fn commit(&self, batch: WriteBatch) -> Result<(), Error> {
-        let mut rows = self.rows.write().unwrap();
+        let mut rows = OrdMap::clone(&self.rows.load());
         for (bucket, key, value) in batch.writes {
             match value {
                 Some(value) => rows.insert((bucket, key), value),
                 None => rows.remove(&(bucket, key)),
             };
         }
+        self.rows.store(Arc::new(rows));
         Ok(())
     }
 
