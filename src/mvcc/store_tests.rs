@@ -662,6 +662,21 @@ fn revision_stays_when_the_newest_rows_are_cleaned_away() {
     assert_eq!(w.put("f", ""), 15);
 }
 
+// KV-9, KV-82: stores written by releases with H-9 have no row left at their compact revision.
+#[test]
+fn compaction_marks_alone_hold_the_revision() {
+    for name in [SCHEDULED_COMPACT_KEY, FINISHED_COMPACT_KEY] {
+        let mut w = World::new();
+        let mut batch = WriteBatch::default();
+        batch.put(Bucket::Meta, name, Revision::new(11, 0).to_row_key(false));
+        w.storage.commit(batch).unwrap();
+        w.reopen();
+        assert_eq!((w.store.revision(), w.store.compact_revision()), (11, 11));
+        assert_eq!(w.store.is_cleaning(), name == SCHEDULED_COMPACT_KEY);
+        assert_eq!(w.put("a", ""), 12);
+    }
+}
+
 // H-10
 #[test]
 fn delete_at_the_compact_revision_is_still_told() {
