@@ -11,7 +11,7 @@ pub struct HashKv {
     pub hash_revision: i64,
 }
 
-/// The hash of all history up to `revision` (0: now) that compaction leaves. It does not depend on how far clean-up is.
+/// The hash of all history up to `revision` (0: now; below 0 there is none) that compaction leaves. It does not depend on how far clean-up is.
 ///
 /// It is always computed with the present compact revision. etcd may answer for its newest compaction revisions what
 /// it noted while it removed their rows, with the compact revision before; it forgets that at a restart, so askers
@@ -25,7 +25,7 @@ pub fn hash_kv(view: &View, storage: &dyn Storage, revision: i64) -> Result<Hash
     if revision > view.revision {
         return Err(Error::FutureRev);
     }
-    let at = if revision <= 0 { view.revision } else { revision };
+    let at = if revision == 0 { view.revision } else { revision };
     let compacted = view.compact_revision;
 
     // Rows up to the compact revision count only if they are in this set.
@@ -42,12 +42,14 @@ pub fn hash_kv(view: &View, storage: &dyn Storage, revision: i64) -> Result<Hash
 
     let mut hash = crc32c::crc32c(Bucket::Key.name().as_bytes());
     let mut damaged = false;
-    let end = Revision::new(at.saturating_add(1), 0).to_row_key(false);
-    storage.scan(Bucket::Key, &[], &end, &mut |key, value| {
+    storage.scan(Bucket::Key, &[], &[], &mut |key, value| {
         let Some((rev, tombstone)) = Revision::from_row_key(key) else {
             damaged = true;
             return false;
         };
+        if rev.main > at {
+            return false;
+        }
         if rev.main <= compacted {
             while keep.next_if(|kept| *kept < rev).is_some() {}
             if keep.peek() != Some(&rev) || (tombstone && rev.main == compacted) {

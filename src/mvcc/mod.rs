@@ -18,6 +18,8 @@ pub mod revision;
 pub mod store;
 #[cfg(test)]
 mod store_tests;
+#[cfg(test)]
+mod test_support;
 pub mod txn;
 pub mod view;
 
