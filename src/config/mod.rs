@@ -123,7 +123,7 @@ pub struct Config {
     pub unsafe_no_fsync: bool,
 
     pub config_file: String,
-    print_version: bool,
+    pub print_version: bool,
 }
 
 /// Finding the first members through another cluster.

@@ -258,6 +258,7 @@ pub(super) fn remark(draft: &mut Draft) {
         );
     }
     let config = &mut draft.config;
+    config.v2_deprecation = Config::default().v2_deprecation;
     if config.name == flags::DEFAULT_NAME {
         warn("the member has the default name; members of one cluster need names of their own, see --name");
     }
