@@ -9,14 +9,14 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::keys::Keys;
+use super::keys::{Keys, common_prefix};
 use crate::mvcc::{
     Revision,
     history::{History, Row},
 };
 
 /// Keys in a leaf. A put copies half of this on average when the leaf is shared, about 3 KiB.
-pub(super) const LEAF_KEYS: usize = if cfg!(test) { 8 } else { 64 };
+pub(super) const LEAF_KEYS: usize = if cfg!(test) { 8 } else { 32 };
 /// A leaf of several keys is split beyond so many bytes of keys, so that long keys do not make copies long.
 pub(super) const LEAF_KEY_BYTES: usize = if cfg!(test) { 200 } else { 8 << 10 };
 /// Children of an inner node. Low, because copying a node touches the reference count of each child, a cache miss.
@@ -210,8 +210,7 @@ impl Child {
 
     /// The root was split: a level more.
     pub fn grow(&mut self, split: Split) {
-        let mut bounds = Keys::default();
-        bounds.push(&split.bound);
+        let bounds = Keys::new([&split.bound[..]]);
         let children = vec![std::mem::take(self), split.right];
         *self = Self::new(Node::Inner(Inner { bounds, children }));
     }
@@ -329,7 +328,7 @@ impl Leaf {
         if len <= LEAF_KEYS && (self.keys.byte_len() <= LEAF_KEY_BYTES || len == 1) {
             return None;
         }
-        let weight = |key: &[u8]| size_of::<History>() + size_of::<u32>() + key.len();
+        let weight = |key: &[u8]| size_of::<History>() + 2 * size_of::<u32>() + key.len();
         let total: usize = self.keys.iter().map(weight).sum();
         let left_share = if inserted == len - 1 { total / 8 * 7 } else { total / 2 };
         let mut left = 0;
@@ -375,15 +374,9 @@ impl Leaf {
         if gone.is_empty() {
             return;
         }
-        let mut rest = Leaf::default();
-        let mut gone = gone.iter().copied().peekable();
-        for (i, history) in std::mem::take(&mut self.histories).into_iter().enumerate() {
-            if gone.next_if_eq(&i).is_none() {
-                rest.keys.push(self.keys.get(i));
-                rest.histories.push(history);
-            }
-        }
-        *self = rest;
+        let rest: Vec<usize> = (0..self.keys.len()).filter(|i| gone.binary_search(i).is_err()).collect();
+        self.histories = rest.iter().map(|&i| self.histories[i].clone()).collect();
+        self.keys = Keys::new(rest.iter().map(|&i| self.keys.get(i)));
     }
 }
 
@@ -459,12 +452,11 @@ impl Inner {
         let left = &mut self.children[i];
         match (Arc::make_mut(&mut left.node), &*right.node) {
             (Node::Leaf(left), Node::Leaf(right)) => {
-                left.keys.append(&right.keys);
+                left.keys = Keys::new(left.keys.iter().chain(right.keys.iter()));
                 left.histories.extend_from_slice(&right.histories);
             }
             (Node::Inner(left), Node::Inner(right)) => {
-                left.bounds.push(&bound);
-                left.bounds.append(&right.bounds);
+                left.bounds = Keys::new(left.bounds.iter().chain([&bound[..]]).chain(right.bounds.iter()));
                 left.children.extend_from_slice(&right.children);
             }
             _ => unreachable!("all leaves are at one depth"),
@@ -485,6 +477,5 @@ fn alive_at(history: &History, at: i64) -> bool {
 
 /// The shortest string above `left` and not above `right`, where `left` < `right`: a prefix of `right`.
 fn shortest_between<'a>(left: &[u8], right: &'a [u8]) -> &'a [u8] {
-    let common = left.iter().zip(right).take_while(|(a, b)| a == b).count();
-    &right[..common + 1]
+    &right[..common_prefix(left, right) + 1]
 }
