@@ -424,3 +424,139 @@ fn failed(path: &Path, error: io::Error) -> Error {
 fn read_failed(error: ::fjall::Error) -> Error {
     Error::Fatal(format!("read: {error}"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::OpenOptions;
+    use std::os::unix::fs::FileExt;
+
+    fn options() -> Options {
+        Options { value_cache_bytes: 1 << 20, ..Options::default() }
+    }
+
+    fn commit(store: &FjallStorage, batches: std::ops::RangeInclusive<u8>) {
+        for n in batches {
+            let mut batch = WriteBatch::default();
+            batch.put(Bucket::Key, vec![n], vec![n; 700]);
+            batch.put(Bucket::Meta, &b"n"[..], vec![n]);
+            store.commit(batch).unwrap();
+        }
+    }
+
+    /// The counter of the last batch, which every row must agree with.
+    fn last_batch(store: &FjallStorage) -> u8 {
+        let last = store.get(Bucket::Meta, b"n").unwrap().unwrap()[0];
+        let mut keys = Vec::new();
+        let mut visit = |key: &[u8], _| {
+            keys.extend_from_slice(key);
+            true
+        };
+        store.scan(Bucket::Key, b"", b"", &mut visit).unwrap();
+        assert_eq!(keys, (1..=last).collect::<Vec<_>>());
+        last
+    }
+
+    fn journal_end(journal: &Path) -> u64 {
+        journal::scan(&File::open(journal).unwrap(), 0, None).unwrap().end
+    }
+
+    fn zero(path: &Path, at: u64, len: usize) {
+        OpenOptions::new().write(true).open(path).unwrap().write_all_at(&vec![0; len], at).unwrap();
+    }
+
+    /// A flush made batches durable that no sync noted, in a table for one keyspace and in the journal for the
+    /// other. Cutting at the note would keep the first and lose the second.
+    #[test]
+    fn crash_after_a_flush_keeps_both_keyspaces_in_step() {
+        for flushed in ["key", "rest"] {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("s");
+            let journal = path.join("rows/0.jnl");
+            let store = FjallStorage::create(&path, &options()).unwrap();
+            commit(&store, 1..=10);
+            store.sync().unwrap();
+            let synced = journal_end(&journal);
+            commit(&store, 11..=20);
+            let keyspace = if flushed == "key" { &store.key } else { &store.rest };
+            assert!(keyspace.rotate_memtable().unwrap());
+            while keyspace.tree.get_highest_persisted_seqno().is_none() {
+                std::thread::yield_now();
+            }
+            let flush = journal_end(&journal);
+            commit(&store, 21..=30);
+            drop(store);
+
+            zero(&journal, flush + 2000, 512);
+            let store = FjallStorage::open(&path, &options()).unwrap();
+            assert_eq!(last_batch(&store), 22, "{flushed} flushed");
+            assert!(store.repaired().is_some());
+            drop(store);
+
+            // No crash does this: the flush had synced it.
+            zero(&journal, synced + 2000, 512);
+            let text = FjallStorage::open(&path, &options()).map(|_| ()).unwrap_err().to_string();
+            assert!(text.contains(&format!("tables of {flushed} hold newer rows")), "{text}");
+        }
+    }
+
+    #[test]
+    fn unknown_format_refuses_and_says_so() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        drop(FjallStorage::create(&path, &options()).unwrap());
+        for (format, says) in [("actd store 2\n", "format 2 is unknown"), ("bolt\n", "not the format file")] {
+            std::fs::write(path.join("format"), format).unwrap();
+            let text = FjallStorage::open(&path, &options()).map(|_| ()).unwrap_err().to_string();
+            assert!(text.contains(says) && text.contains("/format:"), "{text}");
+        }
+        std::fs::remove_file(path.join("format")).unwrap();
+        let text = FjallStorage::open(&path, &options()).map(|_| ()).unwrap_err().to_string();
+        assert!(text.contains("no store of actd"), "{text}");
+    }
+
+    #[test]
+    fn store_in_use_refuses_a_second_opener() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let store = FjallStorage::create(&path, &options()).unwrap();
+        commit(&store, 1..=5);
+        let text = FjallStorage::open(&path, &options()).map(|_| ()).unwrap_err().to_string();
+        assert!(text.contains("is locked"), "{text}");
+        drop(store);
+        assert_eq!(last_batch(&FjallStorage::open(&path, &options()).unwrap()), 5);
+    }
+
+    /// What a sync notes is what fjall wrote: the format this module reads is the one fjall writes.
+    #[test]
+    fn sync_notes_every_committed_batch() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let store = FjallStorage::create(&path, &options()).unwrap();
+        for n in 1..=20 {
+            commit(&store, n..=n);
+            store.sync().unwrap();
+            let (_, note) = NoteFile::open(&path.join("synced")).unwrap();
+            assert_eq!(note.length, journal_end(&path.join("rows/0.jnl")));
+        }
+        let found = journal::scan(&File::open(path.join("rows/0.jnl")).unwrap(), 0, None).unwrap();
+        assert_eq!(found.batches, 20);
+    }
+
+    #[test]
+    fn major_compaction_keeps_rows_and_frees_deleted_ones() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = FjallStorage::create(&dir.path().join("s"), &options()).unwrap();
+        commit(&store, 1..=30);
+        store.key.rotate_memtable_and_wait().unwrap();
+        let mut batch = WriteBatch::default();
+        (11..=30).for_each(|n| batch.delete(Bucket::Key, vec![n]));
+        batch.put(Bucket::Meta, &b"n"[..], vec![10]);
+        store.commit(batch).unwrap();
+        store.key.rotate_memtable_and_wait().unwrap();
+        let before = store.key.disk_space();
+        store.major_compact().unwrap();
+        assert_eq!(last_batch(&store), 10);
+        assert!(store.key.disk_space() < before, "{} of {before} bytes", store.key.disk_space());
+    }
+}

@@ -83,14 +83,17 @@ impl StoreDir {
                         self.root.join(name).display()
                     )));
                 }
-                // CURRENT first: a store that exists without it is never taken for a leftover.
+                // CURRENT before the store is complete: a store without it is never taken for a leftover.
+                let building = self.building(FIRST);
+                std::fs::create_dir_all(&building).map_err(|e| failed(&building, e))?;
+                sync_dir(&self.root)?;
                 self.switch_to(FIRST)?;
                 FIRST.to_owned()
             }
         };
         let dir = self.path(&name);
         if !exists(&dir)? {
-            if name != FIRST || !self.complete_stores()?.is_empty() {
+            if name != FIRST || !exists(&self.building(FIRST))? {
                 return Err(Error::Refused(format!(
                     "{} names the store {}, which does not exist. Restore it, or give this member an empty data \
                      directory and let it join its cluster again",
@@ -130,7 +133,7 @@ impl StoreDir {
     /// An empty store to be filled; drop it before [`Self::complete`].
     pub fn build(&self, name: &str, options: &Options) -> Result<FjallStorage, Error> {
         assert!(is_name(name), "a store is named by letters, digits and '-': {name:?}");
-        let dir = self.root.join(format!("{name}{BUILDING}"));
+        let dir = self.building(name);
         if exists(&dir)? {
             std::fs::remove_dir_all(&dir).map_err(|e| failed(&dir, e))?;
         }
@@ -139,7 +142,7 @@ impl StoreDir {
 
     /// Makes a built store one that may be switched to. The builder has synced it.
     pub fn complete(&self, name: &str) -> Result<(), Error> {
-        let from = self.root.join(format!("{name}{BUILDING}"));
+        let from = self.building(name);
         sync_dir(&from)?;
         std::fs::rename(&from, self.path(name)).map_err(|e| failed(&from, e))?;
         sync_dir(&self.root)
@@ -174,6 +177,10 @@ impl StoreDir {
         Ok(())
     }
 
+    fn building(&self, name: &str) -> PathBuf {
+        self.root.join(format!("{name}{BUILDING}"))
+    }
+
     fn complete_stores(&self) -> Result<Vec<String>, Error> {
         let names = self.entries()?.into_iter();
         Ok(names.filter(|name| is_name(name) && self.root.join(name).is_dir()).collect())
@@ -205,4 +212,111 @@ fn sync_dir(path: &Path) -> Result<(), Error> {
 
 fn failed(path: &Path, error: io::Error) -> Error {
     Error::Fatal(format!("{}: {error}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::{Bucket, Storage, WriteBatch};
+
+    fn mark(store: &FjallStorage, mark: &'static str) {
+        let mut batch = WriteBatch::default();
+        batch.put(Bucket::Meta, "mark", mark);
+        store.commit(batch).unwrap();
+        store.sync().unwrap();
+    }
+
+    fn marked(store: &FjallStorage) -> Option<bytes::Bytes> {
+        store.get(Bucket::Meta, b"mark").unwrap()
+    }
+
+    fn refusal<T>(result: Result<T, Error>) -> String {
+        match result {
+            Err(Error::Refused(text)) => text,
+            Err(e) => panic!("not refused but {e}"),
+            Ok(_) => panic!("not refused"),
+        }
+    }
+
+    #[test]
+    fn etcd_database_beside_no_store_refuses_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(dir.path().join("member/snap")).unwrap();
+        refuse_foreign(dir.path()).unwrap();
+        std::fs::write(dir.path().join("member/snap/db"), "bolt").unwrap();
+        let text = refusal(StoreDir::open(dir.path()));
+        assert!(text.contains("member/snap/db") && text.contains("save a snapshot"), "{text}");
+        assert!(!dir.path().join("member/store").exists());
+        // Beside a store of ours it is no business of the store's.
+        std::fs::remove_file(dir.path().join("member/snap/db")).unwrap();
+        drop(StoreDir::open(dir.path()).unwrap().open_current(&Options::default()).unwrap());
+        std::fs::write(dir.path().join("member/snap/db"), "bolt").unwrap();
+        refuse_foreign(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn second_process_is_kept_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = StoreDir::open(dir.path()).unwrap();
+        let text = refusal(StoreDir::open(dir.path()));
+        assert!(text.contains("member/store/LOCK is locked"), "{text}");
+        drop(first);
+        StoreDir::open(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn current_names_the_store_and_leftovers_go() {
+        let dir = tempfile::tempdir().unwrap();
+        let options = Options::default();
+        let stores = StoreDir::open(dir.path()).unwrap();
+        assert_eq!(stores.current().unwrap(), None);
+        let first = stores.open_current(&options).unwrap();
+        mark(&first, "first");
+        // A second one is built beside it and does not matter until CURRENT names it.
+        mark(&stores.build("7", &options).unwrap(), "second");
+        stores.complete("7").unwrap();
+        drop(stores.build("8", &options).unwrap());
+        assert_eq!(stores.current().unwrap().as_deref(), Some("0"));
+        stores.switch_to("7").unwrap();
+        drop(first);
+        assert_eq!(marked(&stores.open_current(&options).unwrap()).unwrap(), "second");
+        let mut left: Vec<_> = stores.entries().unwrap();
+        left.sort();
+        assert_eq!(left, ["7", "CURRENT", "LOCK"]);
+    }
+
+    #[test]
+    fn crash_while_building_the_first_store_is_made_good() {
+        let dir = tempfile::tempdir().unwrap();
+        let stores = StoreDir::open(dir.path()).unwrap();
+        stores.switch_to(FIRST).unwrap();
+        std::fs::create_dir(stores.root.join("0.new")).unwrap();
+        let store = stores.open_current(&Options::default()).unwrap();
+        assert_eq!(marked(&store), None);
+    }
+
+    #[test]
+    fn store_without_current_and_current_without_store_refuse() {
+        let dir = tempfile::tempdir().unwrap();
+        let options = Options::default();
+        let stores = StoreDir::open(dir.path()).unwrap();
+        mark(&stores.open_current(&options).unwrap(), "kept");
+        std::fs::remove_file(stores.root.join(CURRENT)).unwrap();
+        let text = refusal(stores.open_current(&options));
+        assert!(text.contains("CURRENT is missing") && text.contains("store/0 is a store"), "{text}");
+        stores.switch_to("9").unwrap();
+        let text = refusal(stores.open_current(&options));
+        assert!(text.contains("store/9, which does not exist"), "{text}");
+        // The first store is no exception once it was complete.
+        std::fs::rename(stores.path("0"), stores.path("1")).unwrap();
+        stores.switch_to("0").unwrap();
+        let text = refusal(stores.open_current(&options));
+        assert!(text.contains("store/0, which does not exist"), "{text}");
+        std::fs::rename(stores.path("1"), stores.path("0")).unwrap();
+        std::fs::write(stores.root.join(CURRENT), "../0").unwrap();
+        let text = refusal(stores.open_current(&options));
+        assert!(text.contains("no name of a store"), "{text}");
+        stores.switch_to("0").unwrap();
+        assert_eq!(marked(&stores.open_current(&options).unwrap()).unwrap(), "kept");
+    }
 }
