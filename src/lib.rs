@@ -10,6 +10,8 @@ pub mod lease;
 pub mod mvcc;
 pub mod pb;
 pub mod raft;
+pub mod server;
+pub mod snapshot;
 pub mod storage;
 pub mod telemetry;
 pub mod wal;

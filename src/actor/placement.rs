@@ -6,7 +6,9 @@ pub enum Thread {
     Raft,
     Wal,
     Apply,
-    /// Actors that do little: lease expirer, compactor, checkpointer.
+    /// Blocks in syncs of the store.
+    Checkpoint,
+    /// Actors that do little: lease expirer, compactor.
     Shared,
 }
 
@@ -15,7 +17,7 @@ pub const TABLE: &[(&str, Thread, bool)] = &[
     ("raft", Thread::Raft, true),
     ("wal", Thread::Wal, true),
     ("apply", Thread::Apply, true),
-    ("checkpointer", Thread::Shared, true),
+    ("checkpointer", Thread::Checkpoint, true),
     ("lease_expirer", Thread::Shared, false),
     ("compactor", Thread::Shared, false),
 ];

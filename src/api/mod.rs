@@ -1,1 +1,223 @@
+//! gRPC: one file per etcd service. Handlers keep no state: they validate, talk to actors, and read views.
 
+pub mod cluster;
+pub mod health;
+pub mod kv;
+pub mod lease;
+pub mod maintenance;
+mod routes;
+pub mod status;
+pub mod unimplemented;
+pub mod validate;
+pub mod watch;
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, AtomicU64, Ordering},
+};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use prost::Message;
+
+pub use routes::Routes;
+
+use crate::{
+    actor::{Gate, Registry, Sender},
+    apply::{self, ApplySender, Error, Reply, Response, Ticket, View, ViewCell},
+    lease::actor::{Ask as LeaseAsk, Control as LeaseControl},
+    pb::etcdserverpb::{InternalRaftRequest, RequestHeader, ResponseHeader},
+    raft::{self, Proposal, RaftSender},
+    storage::fjall::FjallStorage,
+    telemetry::Metrics,
+};
+
+/// Limits and names the handlers work by.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    pub cluster_id: u64,
+    pub member_id: u64,
+    pub max_request_bytes: usize,
+    pub max_txn_ops: usize,
+    /// Effective quota; `None`: no limit.
+    pub quota_bytes: Option<u64>,
+    /// As configured, for Status.
+    pub quota_configured: i64,
+    /// How long a proposal or a read round may take: 5 s + 2 election timeouts.
+    pub request_timeout: Duration,
+    pub election_timeout: Duration,
+    pub min_lease_ttl: i64,
+    pub warning_unary: Duration,
+}
+
+/// What every handler may reach; one for the process.
+pub struct Server {
+    pub settings: Settings,
+    pub view: ViewCell,
+    pub storage: Arc<FjallStorage>,
+    pub raft: RaftSender,
+    pub raft_status: Arc<raft::Status>,
+    pub apply: ApplySender,
+    pub leases: Sender<LeaseAsk, LeaseControl>,
+    /// Admission of proposals.
+    pub gate: Gate,
+    pub registry: Registry,
+    pub metrics: Metrics,
+    request_counter: AtomicU64,
+    /// A NOSPACE alarm has been asked for and is under way.
+    alarm_asked: AtomicBool,
+}
+
+/// A handler's view of the server: the server and the RPC runtime it runs in.
+#[derive(Clone)]
+pub struct Handle {
+    pub server: Arc<Server>,
+    /// Which delivery queue brings this runtime's answers.
+    pub runtime: usize,
+    pub watch: crate::watch::Client,
+}
+
+/// What [`Server::new`] connects.
+pub struct Parts {
+    pub settings: Settings,
+    pub view: ViewCell,
+    pub storage: Arc<FjallStorage>,
+    pub raft: RaftSender,
+    pub raft_status: Arc<raft::Status>,
+    pub apply: ApplySender,
+    pub leases: Sender<LeaseAsk, LeaseControl>,
+    pub gate: Gate,
+    pub registry: Registry,
+    pub metrics: Metrics,
+    /// Unix milliseconds at start, the seed of request ids.
+    pub started_unix_ms: u64,
+}
+
+impl Server {
+    pub fn new(parts: Parts) -> Self {
+        Self {
+            settings: parts.settings,
+            view: parts.view,
+            storage: parts.storage,
+            raft: parts.raft,
+            raft_status: parts.raft_status,
+            apply: parts.apply,
+            leases: parts.leases,
+            gate: parts.gate,
+            registry: parts.registry,
+            metrics: parts.metrics,
+            request_counter: AtomicU64::new(parts.started_unix_ms << 8),
+            alarm_asked: AtomicBool::new(false),
+        }
+    }
+
+    /// Unique over members and restarts: 16 bits of the member id, then a counter that began at the start's time.
+    pub fn next_id(&self) -> u64 {
+        const COUNTER: u64 = (1 << 48) - 1;
+        let count = self.request_counter.fetch_add(1, Ordering::Relaxed) + 1;
+        (self.settings.member_id << 48) | (count & COUNTER)
+    }
+
+    /// A header that names this member; `revision` 0 leaves the revision out.
+    pub fn header(&self, revision: i64, term: u64) -> ResponseHeader {
+        ResponseHeader {
+            cluster_id: self.settings.cluster_id,
+            member_id: self.settings.member_id,
+            revision,
+            raft_term: term,
+        }
+    }
+
+    pub fn header_of(&self, view: &View) -> ResponseHeader {
+        self.header(view.kv.revision, view.applied_term)
+    }
+
+    /// Completes the header of a replicated request's answer, which has only the revision.
+    pub fn complete(&self, header: &mut Option<ResponseHeader>) {
+        let header = header.get_or_insert_default();
+        header.cluster_id = self.settings.cluster_id;
+        header.member_id = self.settings.member_id;
+        header.raft_term = self.raft_status.read().term;
+    }
+
+    /// A view that shows every write acknowledged before the call (D-8).
+    pub async fn linearizable_view(&self) -> Result<Arc<View>, Error> {
+        if let Some(view) = self.sole_leader_view() {
+            return Ok(view);
+        }
+        // Not a sole leader yet: a member that starts. With more voters this is where a read round goes.
+        let leads = async {
+            loop {
+                self.raft_status.until(|now| now.is_leader && now.sole_voter).await;
+                let term = self.raft_status.read().term;
+                self.view.until(|view| view.applied_term >= term).await;
+                if let Some(view) = self.sole_leader_view() {
+                    return view;
+                }
+            }
+        };
+        tokio::time::timeout(self.settings.request_timeout, leads).await.map_err(|_| Error::Timeout)
+    }
+
+    /// The only voter, leading with an entry of its term applied, needs no round: nothing is acknowledged elsewhere.
+    fn sole_leader_view(&self) -> Option<Arc<View>> {
+        let term = self.raft_status.sole_leader_term()?;
+        let view = self.view.load_full();
+        (view.applied_term == term).then_some(view)
+    }
+
+    /// Refuses what costs space when there is none (M-16, G-15): before any other check.
+    pub fn check_quota(self: &Arc<Self>, cost: u64, runtime: usize) -> Result<(), Error> {
+        let Some(quota) = self.settings.quota_bytes else { return Ok(()) };
+        if cost == 0 || self.view.load().kv.sizes.total + cost < quota {
+            return Ok(());
+        }
+        self.ask_alarm(runtime);
+        Err(Error::NoSpace)
+    }
+
+    /// Raises this member's NOSPACE alarm through raft, once at a time.
+    pub fn ask_alarm(self: &Arc<Self>, runtime: usize) {
+        use crate::pb::etcdserverpb::{AlarmRequest, AlarmType, alarm_request::AlarmAction};
+        let kind = AlarmType::Nospace;
+        let member_id = self.settings.member_id;
+        let raised = self.view.load().alarms.list(kind as i32).iter().any(|a| a.member_id == member_id);
+        if raised || self.alarm_asked.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        tracing::warn!(quota = self.settings.quota_bytes, "database space exceeded; raising the NOSPACE alarm");
+        let server = self.clone();
+        tokio::spawn(async move {
+            let alarm = AlarmRequest { action: AlarmAction::Activate as i32, member_id, alarm: kind as i32 };
+            let request = InternalRaftRequest { alarm: Some(alarm), ..Default::default() };
+            if let Err(e) = server.propose(request, runtime).await {
+                tracing::warn!("the NOSPACE alarm could not be raised: {e}; the next refused write tries again");
+            }
+            server.alarm_asked.store(false, Ordering::Release);
+        });
+    }
+
+    /// Puts a request into the log and waits until it is applied here.
+    pub async fn propose(&self, mut request: InternalRaftRequest, runtime: usize) -> Result<Response, Error> {
+        request.header = Some(RequestHeader { id: self.next_id(), ..Default::default() });
+        let data = Bytes::from(request.encode_to_vec());
+        if data.len() > self.settings.max_request_bytes {
+            return Err(Error::RequestTooLarge);
+        }
+        let deadline = Instant::now() + self.settings.request_timeout;
+        let permit = match self.gate.try_enter(data.len()) {
+            Some(permit) => permit,
+            // In arrival order; whoever is still outside at its deadline has done nothing (D-16).
+            None => tokio::time::timeout_at(deadline.into(), self.gate.enter(data.len()))
+                .await
+                .map_err(|_| Error::DeadlineExceeded)?,
+        };
+        let (reply, answer) = Reply::new(runtime);
+        let ticket = Ticket { request: Box::new(request), reply, deadline, permit };
+        if self.raft.try_send(Proposal { data, ticket }).is_err() {
+            // The gate is smaller than the lane, so only a stopped actor refuses.
+            return Err(Error::Stopped);
+        }
+        answer.await.unwrap_or(Err(apply::Error::Stopped))
+    }
+}

@@ -8,6 +8,7 @@
 //! Not here: proposing, confirming leadership before a revoke or a renewal, forwarding to the leader, reading a
 //! clock. Those are the shell's; here time is a parameter.
 
+pub mod actor;
 mod checkpoints;
 mod expirer;
 mod set;

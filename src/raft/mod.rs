@@ -1,1 +1,97 @@
+//! The raft actor: consensus around raft-rs. The only module that names the crate.
+//!
+//! Owns the raft-rs node, the in-memory log, the proposals that wait for their entry to commit.
+//! Does not own: durability (`wal`), state (`apply`), connections (`peer`).
+//!
+//! Inbox: proposals from RPC handlers. Each holds a permit of the proposal gate, so the lane cannot overflow; what waits
+//! longer than its deadline without a place in the log is told so at a tick. Control lane, drained first: ticks, what the
+//! WAL made durable, membership changes apply has recorded, checkpoints.
+//! Towards `wal` and `apply` it never waits: without room there it takes no new Ready, so batches grow by themselves.
+//! A panic here ends the process.
+//!
+//! Invariants:
+//! 1. Only entries that are committed and durable here go to apply, in index order, without gaps.
+//! 2. Nothing beyond a membership change goes to apply until that change is in force in raft.
+//! 3. Messages that promise durability leave after the WAL said so.
 
+mod actor;
+mod convert;
+mod core;
+mod log;
+mod status;
+
+use bytes::Bytes;
+
+pub use actor::{RaftActor, Wiring};
+pub use convert::{CONF_CHANGE, NORMAL};
+pub use core::{Core, Options, Output, Recovered};
+pub use status::{Reading, Status};
+
+use crate::{
+    actor::{Inbox, Message, Sender},
+    apply::{ConfChanged, Outcome, Reply, Ticket},
+    pb::raftpb,
+};
+
+/// A request to put into the log.
+#[derive(Debug)]
+pub struct Proposal {
+    /// The encoded `InternalRaftRequest`.
+    pub data: Bytes,
+    pub ticket: Ticket,
+}
+
+impl Message for Proposal {
+    const KINDS: &'static [&'static str] = &["propose"];
+
+    fn bytes(&self) -> usize {
+        self.data.len()
+    }
+}
+
+/// What the rest of the process tells raft outside the data lane.
+#[derive(Debug)]
+pub enum Control {
+    /// One tick of the raft clock; at most one is under way.
+    Tick,
+    /// Everything up to this Ready number is durable.
+    Persisted(u64),
+    /// The WAL failed; the process is about to end.
+    LogFailed,
+    /// apply has recorded a membership change.
+    ConfChanged(ConfChanged),
+    /// The store is synced up to this index: the log below may go.
+    Checkpoint { synced: u64 },
+    /// The WAL has this snapshot record: memory below it may go.
+    Compact(u64),
+    /// Stop taking work, fail what waits, end.
+    Stop,
+}
+
+pub type RaftSender = Sender<Proposal, Control>;
+pub type RaftInbox = Inbox<Proposal, Control>;
+
+/// A log write for the WAL, in the order raft made them.
+#[derive(Debug)]
+pub struct Append {
+    /// raft-rs's number of the Ready this belongs to.
+    pub number: u64,
+    pub entries: Vec<raftpb::Entry>,
+    pub hard_state: Option<raftpb::HardState>,
+    /// False if only the commit index moved.
+    pub sync: bool,
+}
+
+/// A committed entry on its way to apply.
+#[derive(Debug)]
+pub struct Committed {
+    pub index: u64,
+    pub term: u64,
+    pub conf_change: bool,
+    pub data: Bytes,
+    /// Who waits for it on this member.
+    pub ticket: Option<Ticket>,
+}
+
+/// An answer raft itself gives.
+pub type Answer = (Reply, Outcome);

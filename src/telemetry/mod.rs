@@ -1,1 +1,6 @@
+//! Logs and metrics. Names of metrics are in one place; what they count is written where it happens.
+
 pub mod logs;
+mod metrics;
+
+pub use metrics::Metrics;

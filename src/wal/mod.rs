@@ -20,6 +20,7 @@ mod record;
 mod recovery;
 mod segment;
 pub mod sim;
+pub mod writer;
 
 use std::{
     collections::VecDeque,
@@ -32,11 +33,14 @@ use std::{
 use bytes::Bytes;
 use prost::Message;
 
-pub use self::recovery::{Recovered, Repair};
 use self::{
     disk::{Disk, File, Open, RealDisk},
     record::Encoder,
     segment::{Name, Segment},
+};
+pub use self::{
+    recovery::{Recovered, Repair},
+    writer::Control,
 };
 use crate::pb::{etcdserverpb::Metadata, raftpb, walpb};
 

@@ -39,6 +39,8 @@ mod fanout;
 mod history;
 mod hub;
 mod key_index;
+mod port;
+mod shell;
 mod stream;
 mod watcher;
 
@@ -51,5 +53,7 @@ mod tests;
 
 pub use history::{History, HistoryError, HistoryLimit, HistoryPage};
 pub use hub::{Hub, HubConfig, Outgoing, Published, Stats};
+pub use port::{Client, Ends, Port, connect};
+pub use shell::{Requests, Responses, run};
 pub use stream::StreamId;
 pub use watcher::watched_range;

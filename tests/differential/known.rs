@@ -25,21 +25,19 @@ pub struct Known {
     pub align: fn(&Request, &mut Reply, &mut Reply) -> bool,
 }
 
-pub const KNOWN: &[Known] = &[
-    Known {
-        statement: "KV-29",
-        reason: "RangeStream is new in 3.7",
-        when: When::Reference34,
-        align: |request, reference, subject| {
-            let unknown = matches!(reference, Err(error) if error.code == Code::Unimplemented);
-            let differs = matches!(request, Request::RangeStream(_)) && unknown && reference != subject;
-            if differs {
-                *reference = subject.clone();
-            }
-            differs
-        },
+pub const KNOWN: &[Known] = &[Known {
+    statement: "KV-29",
+    reason: "RangeStream is new in 3.7",
+    when: When::Reference34,
+    align: |request, reference, subject| {
+        let unknown = matches!(reference, Err(error) if error.code == Code::Unimplemented);
+        let differs = matches!(request, Request::RangeStream(_)) && unknown && reference != subject;
+        if differs {
+            *reference = subject.clone();
+        }
+        differs
     },
-];
+}];
 
 #[allow(dead_code)]
 fn on_ranges(_: &RangeRequest, _: &RangeResponse) -> Option<Answer> {

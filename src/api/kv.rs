@@ -1,0 +1,180 @@
+//! The KV service: Range, RangeStream, Put, DeleteRange, Txn, Compact.
+
+use std::sync::Arc;
+
+use tokio_stream::Stream;
+use tonic::{Request, Response, Status};
+
+use super::{Handle, validate};
+use crate::{
+    apply::{self, View},
+    mvcc::{self, range, txn},
+    pb::etcdserverpb::{
+        CompactionRequest, CompactionResponse, DeleteRangeRequest, DeleteRangeResponse, InternalRaftRequest,
+        PutRequest, PutResponse, RangeRequest, RangeResponse, RangeStreamResponse, TxnRequest, TxnResponse,
+        kv_server::Kv, request_op,
+    },
+};
+
+/// The answer to a request of a known kind is of that kind.
+pub(super) const OTHER_KIND: &str = "a request is answered by a response of its kind";
+
+/// First and smallest parts of a stream (KV-34).
+const STREAM_KEYS_FIRST: usize = 10;
+/// Rows in one part: a bound on memory whatever the keys hold.
+const STREAM_BYTES_MAX: usize = 1 << 20;
+
+impl Handle {
+    /// The view a read asks for.
+    async fn view_for(&self, serializable: bool) -> Result<Arc<View>, Status> {
+        if serializable { Ok(self.server.view.load_full()) } else { Ok(self.server.linearizable_view().await?) }
+    }
+}
+
+#[tonic::async_trait]
+impl Kv for Handle {
+    async fn range(&self, request: Request<RangeRequest>) -> Result<Response<RangeResponse>, Status> {
+        let req = request.into_inner();
+        validate::range(&req)?;
+        let view = self.view_for(req.serializable).await?;
+        let mut response = range::range(&view.kv, &*self.server.storage, &req)?;
+        response.header = Some(self.server.header(view.kv.revision, view.applied_term));
+        Ok(Response::new(response))
+    }
+
+    type RangeStreamStream = std::pin::Pin<Box<dyn Stream<Item = Result<RangeStreamResponse, Status>> + Send>>;
+
+    async fn range_stream(&self, request: Request<RangeRequest>) -> Result<Response<Self::RangeStreamStream>, Status> {
+        let req = request.into_inner();
+        validate::range(&req)?;
+        validate::range_stream(&req)?;
+        let view = self.view_for(req.serializable).await?;
+        let cursor = range::RangeCursor::new(&view.kv, &*self.server.storage, &req)?;
+        let state = StreamState {
+            handle: self.clone(),
+            cursor,
+            header: self.server.header(view.kv.revision, view.applied_term),
+            keys: STREAM_KEYS_FIRST,
+            failed: false,
+        };
+        let stream = tokio_stream::iter(state);
+        Ok(Response::new(Box::pin(stream)))
+    }
+
+    async fn put(&self, request: Request<PutRequest>) -> Result<Response<PutResponse>, Status> {
+        let req = request.into_inner();
+        self.server.check_quota(txn::put_cost(&req), self.runtime)?;
+        validate::put(&req)?;
+        let request = InternalRaftRequest { put: Some(req), ..Default::default() };
+        match self.server.propose(request, self.runtime).await? {
+            apply::Response::Put(mut response) => {
+                self.server.complete(&mut response.header);
+                Ok(Response::new(response))
+            }
+            other => unreachable!("{OTHER_KIND}: {other:?}"),
+        }
+    }
+
+    async fn delete_range(
+        &self,
+        request: Request<DeleteRangeRequest>,
+    ) -> Result<Response<DeleteRangeResponse>, Status> {
+        let req = request.into_inner();
+        validate::delete_range(&req)?;
+        let request = InternalRaftRequest { delete_range: Some(req), ..Default::default() };
+        match self.server.propose(request, self.runtime).await? {
+            apply::Response::DeleteRange(mut response) => {
+                self.server.complete(&mut response.header);
+                Ok(Response::new(response))
+            }
+            other => unreachable!("{OTHER_KIND}: {other:?}"),
+        }
+    }
+
+    async fn txn(&self, request: Request<TxnRequest>) -> Result<Response<TxnResponse>, Status> {
+        let req = request.into_inner();
+        self.server.check_quota(txn::txn_cost(&req), self.runtime)?;
+        validate::txn(&req, self.server.settings.max_txn_ops)?;
+        if txn::is_read_only(&req) {
+            // Local only if every range says so; one without ranges is served linearizably (KV-68).
+            let view = self.view_for(only_serializable_ranges(&req)).await?;
+            let mut response = txn::txn_read_only(&view.kv, &*self.server.storage, &req)?;
+            let revision = response.header.as_ref().map_or(view.kv.revision, |h| h.revision);
+            response.header = Some(self.server.header(revision, view.applied_term));
+            return Ok(Response::new(response));
+        }
+        let request = InternalRaftRequest { txn: Some(req), ..Default::default() };
+        match self.server.propose(request, self.runtime).await? {
+            apply::Response::Txn(mut response) => {
+                self.server.complete(&mut response.header);
+                Ok(Response::new(response))
+            }
+            other => unreachable!("{OTHER_KIND}: {other:?}"),
+        }
+    }
+
+    async fn compact(&self, request: Request<CompactionRequest>) -> Result<Response<CompactionResponse>, Status> {
+        let request = InternalRaftRequest { compaction: Some(request.into_inner()), ..Default::default() };
+        match self.server.propose(request, self.runtime).await? {
+            apply::Response::Compact(mut response) => {
+                self.server.complete(&mut response.header);
+                Ok(Response::new(response))
+            }
+            other => unreachable!("{OTHER_KIND}: {other:?}"),
+        }
+    }
+}
+
+/// A stream's position between two parts. Each part is read when the transport asks for it, from the newest view.
+struct StreamState {
+    handle: Handle,
+    cursor: range::RangeCursor,
+    header: crate::pb::etcdserverpb::ResponseHeader,
+    keys: usize,
+    failed: bool,
+}
+
+impl Iterator for StreamState {
+    type Item = Result<RangeStreamResponse, Status>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.failed || self.cursor.is_done() {
+            return None;
+        }
+        let server = &self.handle.server;
+        let view = server.view.load_full();
+        match self.cursor.next_chunk(&view.kv, &*server.storage, self.keys, STREAM_BYTES_MAX) {
+            Ok(mut part) => {
+                if self.cursor.is_done() {
+                    part.header = Some(self.header);
+                }
+                let size = prost::Message::encoded_len(&part);
+                let target = server.settings.max_request_bytes;
+                if size < target / 2 {
+                    self.keys = self.keys.saturating_mul(2);
+                } else if size > target.saturating_mul(2) {
+                    self.keys = (self.keys / 2).max(1);
+                }
+                Some(Ok(RangeStreamResponse { range_response: Some(part) }))
+            }
+            Err(e) => {
+                self.failed = true;
+                Some(Err(mvcc_status(e)))
+            }
+        }
+    }
+}
+
+/// At least one range, and none that asks for more than local state.
+fn only_serializable_ranges(req: &TxnRequest) -> bool {
+    let mut ops = req.success.iter().chain(&req.failure).peekable();
+    ops.peek().is_some()
+        && ops.all(|op| match &op.request {
+            Some(request_op::Request::RequestRange(range)) => range.serializable,
+            _ => false,
+        })
+}
+
+fn mvcc_status(e: mvcc::Error) -> Status {
+    e.into()
+}

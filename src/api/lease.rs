@@ -1,0 +1,187 @@
+//! The Lease service.
+
+use std::pin::Pin;
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+use tokio_stream::Stream;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::{Handle, kv::OTHER_KIND};
+use crate::{
+    apply::{self, Error},
+    lease::actor::{Ask, Renewed},
+    pb::etcdserverpb::{
+        InternalRaftRequest, LeaseCheckpoint, LeaseCheckpointRequest, LeaseGrantRequest, LeaseGrantResponse,
+        LeaseKeepAliveRequest, LeaseKeepAliveResponse, LeaseLeasesRequest, LeaseLeasesResponse, LeaseRevokeRequest,
+        LeaseRevokeResponse, LeaseStatus, LeaseTimeToLiveRequest, LeaseTimeToLiveResponse, lease_server::Lease,
+    },
+};
+
+/// Cost of a grant towards the quota (M-16).
+const GRANT_COST: u64 = 64;
+/// How long a call waits for this member to apply what it needs (limits: 1 s).
+const APPLY_WAIT: Duration = Duration::from_secs(1);
+/// Between two tries of a renewal that met a member without leadership.
+const RETRY: Duration = Duration::from_millis(50);
+
+impl Handle {
+    /// The full time again, or 0 if there is no such lease.
+    async fn renew(&self, id: i64) -> Result<i64, Error> {
+        let deadline = tokio::time::Instant::now() + self.server.settings.request_timeout;
+        loop {
+            let (answer, renewed) = oneshot::channel();
+            let sent = self.server.leases.try_send(Ask::Renew { id, answer }).is_ok();
+            let renewed = if sent {
+                tokio::time::timeout_at(deadline, renewed).await.map_err(|_| Error::Timeout)?.ok()
+            } else {
+                None
+            };
+            match renewed {
+                Some(Renewed::Ttl { ttl, clear_checkpoint }) => {
+                    if clear_checkpoint {
+                        let checkpoints = vec![LeaseCheckpoint { id, remaining_ttl: 0 }];
+                        let lease_checkpoint = Some(LeaseCheckpointRequest { checkpoints });
+                        let request = InternalRaftRequest { lease_checkpoint, ..Default::default() };
+                        self.server.propose(request, self.runtime).await?;
+                    }
+                    // After the renewal: a revocation applied before it shows here (H-41).
+                    let alive = self.server.view.load().leases.contains(id);
+                    return Ok(if alive { ttl } else { 0 });
+                }
+                Some(Renewed::Gone) => return Ok(0),
+                Some(Renewed::Unknown) => {
+                    if !self.server.view.load().leases.contains(id) {
+                        return Ok(0);
+                    }
+                    // Its grant's notice is on the way here (H-38).
+                }
+                Some(Renewed::NotLeader) if self.server.raft_status.read().is_leader => {
+                    // Leading, but the deadlines are not set yet.
+                }
+                Some(Renewed::NotLeader) if self.server.raft_status.read().leader == 0 => {}
+                Some(Renewed::NotLeader) => return Err(Error::NotPrimaryLessor),
+                None => {}
+            }
+            if tokio::time::Instant::now() + RETRY >= deadline {
+                let leader = self.server.raft_status.read().leader;
+                return Err(if leader == 0 { Error::NoLeader } else { Error::Timeout });
+            }
+            tokio::time::sleep(RETRY).await;
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl Lease for Handle {
+    async fn lease_grant(&self, request: Request<LeaseGrantRequest>) -> Result<Response<LeaseGrantResponse>, Status> {
+        self.server.check_quota(GRANT_COST, self.runtime)?;
+        let mut req = request.into_inner();
+        while req.id == 0 {
+            // A free positive id; apply refuses one that is taken meanwhile.
+            let id = (self.server.next_id() & !(1 << 63)).cast_signed();
+            if !self.server.view.load().leases.contains(id) {
+                req.id = id;
+            }
+        }
+        req.ttl = req.ttl.max(self.server.settings.min_lease_ttl);
+        let request = InternalRaftRequest { lease_grant: Some(req), ..Default::default() };
+        match self.server.propose(request, self.runtime).await? {
+            apply::Response::LeaseGrant(mut response) => {
+                self.server.complete(&mut response.header);
+                Ok(Response::new(response))
+            }
+            other => unreachable!("{OTHER_KIND}: {other:?}"),
+        }
+    }
+
+    async fn lease_revoke(
+        &self,
+        request: Request<LeaseRevokeRequest>,
+    ) -> Result<Response<LeaseRevokeResponse>, Status> {
+        let request = InternalRaftRequest { lease_revoke: Some(request.into_inner()), ..Default::default() };
+        match self.server.propose(request, self.runtime).await? {
+            apply::Response::LeaseRevoke(mut response) => {
+                self.server.complete(&mut response.header);
+                Ok(Response::new(response))
+            }
+            other => unreachable!("{OTHER_KIND}: {other:?}"),
+        }
+    }
+
+    type LeaseKeepAliveStream = Pin<Box<dyn Stream<Item = Result<LeaseKeepAliveResponse, Status>> + Send>>;
+
+    async fn lease_keep_alive(
+        &self,
+        request: Request<Streaming<LeaseKeepAliveRequest>>,
+    ) -> Result<Response<Self::LeaseKeepAliveStream>, Status> {
+        let handle = self.clone();
+        let requests = request.into_inner();
+        // One at a time, in order; the next request is read when the answer before it has been taken.
+        let responses = futures_util::stream::unfold(Some(requests), move |requests| {
+            let handle = handle.clone();
+            async move {
+                let mut requests = requests?;
+                let req = match requests.message().await {
+                    Ok(Some(req)) => req,
+                    Ok(None) => return None,
+                    Err(status) => return Some((Err(status), None)),
+                };
+                // The header is filled before the renewal (L-13).
+                let header = Some(handle.server.header_of(&handle.server.view.load()));
+                match handle.renew(req.id).await {
+                    Ok(ttl) => Some((Ok(LeaseKeepAliveResponse { header, id: req.id, ttl }), Some(requests))),
+                    Err(e) => Some((Err(e.into()), None)),
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(responses)))
+    }
+
+    async fn lease_time_to_live(
+        &self,
+        request: Request<LeaseTimeToLiveRequest>,
+    ) -> Result<Response<LeaseTimeToLiveResponse>, Status> {
+        let req = request.into_inner();
+        let deadline = tokio::time::Instant::now() + APPLY_WAIT;
+        loop {
+            let (answer, remaining) = oneshot::channel();
+            let remaining = match self.server.leases.try_send(Ask::Remaining { id: req.id, answer }) {
+                Ok(()) => remaining.await.ok().flatten(),
+                Err(_) => None,
+            };
+            let view = self.server.view.load_full();
+            let header = Some(self.server.header_of(&view));
+            let Some(granted_ttl) = view.leases.ttl(req.id) else {
+                let response = LeaseTimeToLiveResponse { header, id: req.id, ttl: -1, ..Default::default() };
+                return Ok(Response::new(response));
+            };
+            if let Some(ms) = remaining {
+                let keys = if req.keys {
+                    view.leases.keys(req.id).map(bytes::Bytes::copy_from_slice).collect()
+                } else {
+                    Vec::new()
+                };
+                let ttl = ms.div_euclid(1000);
+                return Ok(Response::new(LeaseTimeToLiveResponse { header, id: req.id, ttl, granted_ttl, keys }));
+            }
+            // In the view, but its deadline is not set yet: just granted, or this member has just become leader.
+            if tokio::time::Instant::now() >= deadline {
+                return Err(Error::TimeoutAppliedIndex.into());
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    async fn lease_leases(&self, _: Request<LeaseLeasesRequest>) -> Result<Response<LeaseLeasesResponse>, Status> {
+        let (answer, ordered) = oneshot::channel();
+        let ordered = match self.server.leases.try_send(Ask::List { answer }) {
+            Ok(()) => ordered.await.unwrap_or_default(),
+            Err(_) => Vec::new(),
+        };
+        let view = self.server.view.load_full();
+        let ids = if ordered.is_empty() { view.leases.ids().collect() } else { ordered };
+        let leases = ids.into_iter().filter(|id| view.leases.contains(*id)).map(|id| LeaseStatus { id }).collect();
+        Ok(Response::new(LeaseLeasesResponse { header: Some(self.server.header_of(&view)), leases }))
+    }
+}

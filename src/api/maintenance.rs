@@ -1,0 +1,145 @@
+//! The Maintenance service.
+
+use std::pin::Pin;
+
+use tokio::sync::oneshot;
+use tokio_stream::Stream;
+use tonic::{Request, Response, Status};
+
+use super::{
+    Handle,
+    kv::OTHER_KIND,
+    status::{self, not_implemented},
+};
+use crate::{
+    apply::{self, Error},
+    config::ETCD_VERSION,
+    mvcc::hash,
+    pb::etcdserverpb::{
+        AlarmRequest, AlarmResponse, AlarmType, DefragmentRequest, DefragmentResponse, DowngradeInfo, DowngradeRequest,
+        DowngradeResponse, HashKvRequest, HashKvResponse, HashRequest, HashResponse, InternalRaftRequest,
+        MoveLeaderRequest, MoveLeaderResponse, SnapshotRequest, SnapshotResponse, StatusRequest, StatusResponse,
+        alarm_request::AlarmAction, maintenance_server::Maintenance,
+    },
+};
+
+/// Quota shown when none is configured.
+const DEFAULT_QUOTA: i64 = 2 << 30;
+
+#[tonic::async_trait]
+impl Maintenance for Handle {
+    async fn alarm(&self, request: Request<AlarmRequest>) -> Result<Response<AlarmResponse>, Status> {
+        let req = request.into_inner();
+        if AlarmAction::try_from(req.action).is_err() {
+            return Err(Error::AlarmAction(req.action).into()); // M-9
+        }
+        let request = InternalRaftRequest { alarm: Some(req), ..Default::default() };
+        match self.server.propose(request, self.runtime).await? {
+            apply::Response::Alarm(mut response) => {
+                self.server.complete(&mut response.header);
+                Ok(Response::new(response))
+            }
+            other => unreachable!("{OTHER_KIND}: {other:?}"),
+        }
+    }
+
+    async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
+        let view = self.server.view.load_full();
+        let raft = self.server.raft_status.read();
+        let mut errors = Vec::new();
+        if raft.leader == 0 {
+            errors.push("etcdserver: no leader".to_owned());
+        }
+        for alarm in view.alarms.list(AlarmType::None as i32) {
+            let kind = AlarmType::try_from(alarm.alarm).map_or("UNKNOWN", |kind| kind.as_str_name());
+            errors.push(format!("memberID:{} alarm:{kind}", alarm.member_id));
+        }
+        let downgrade = view.members.downgrade();
+        let configured = self.server.settings.quota_configured;
+        Ok(Response::new(StatusResponse {
+            header: Some(self.server.header_of(&view)),
+            version: ETCD_VERSION.to_owned(),
+            db_size: view.kv.sizes.total.cast_signed(),
+            db_size_in_use: view.kv.sizes.in_use.cast_signed(),
+            leader: raft.leader,
+            raft_index: raft.commit.max(view.applied_index),
+            raft_term: raft.term,
+            raft_applied_index: view.applied_index,
+            errors,
+            is_learner: raft.is_learner,
+            storage_version: view.members.cluster_version().map_or_else(String::new, |v| v.to_string()),
+            db_size_quota: if configured == 0 { DEFAULT_QUOTA } else { configured },
+            downgrade_info: Some(DowngradeInfo {
+                enabled: downgrade.enabled,
+                target_version: downgrade.target_version.clone(),
+            }),
+        }))
+    }
+
+    async fn defragment(&self, _: Request<DefragmentRequest>) -> Result<Response<DefragmentResponse>, Status> {
+        let (done, wait) = oneshot::channel();
+        if !self.server.apply.control(apply::Control::Defragment(done)) || wait.await.is_err() {
+            return Err(Error::Stopped.into());
+        }
+        // Space on disk follows in the background and blocks nobody.
+        let storage = self.server.storage.clone();
+        tokio::task::spawn_blocking(move || {
+            if let Err(e) = storage.major_compact() {
+                tracing::warn!("the background part of defragmentation failed: {e}; the store goes on as it is");
+            }
+        });
+        Ok(Response::new(DefragmentResponse { header: None }))
+    }
+
+    async fn hash(&self, _: Request<HashRequest>) -> Result<Response<HashResponse>, Status> {
+        let server = self.server.clone();
+        let hash = tokio::task::spawn_blocking(move || hash::hash_all(&*server.storage))
+            .await
+            .map_err(|e| Status::internal(e.to_string()))?
+            .map_err(Error::from)?;
+        let header = Some(self.server.header_of(&self.server.view.load()));
+        Ok(Response::new(HashResponse { header, hash }))
+    }
+
+    async fn hash_kv(&self, request: Request<HashKvRequest>) -> Result<Response<HashKvResponse>, Status> {
+        let revision = request.into_inner().revision;
+        let server = self.server.clone();
+        let view = self.server.view.load_full();
+        let scanned = view.clone();
+        let found = tokio::task::spawn_blocking(move || hash::hash_kv(&scanned.kv, &*server.storage, revision))
+            .await
+            .map_err(|e| Status::internal(e.to_string()))??;
+        Ok(Response::new(HashKvResponse {
+            header: Some(self.server.header_of(&view)),
+            hash: found.hash,
+            compact_revision: found.compact_revision,
+            hash_revision: found.hash_revision,
+        }))
+    }
+
+    type SnapshotStream = Pin<Box<dyn Stream<Item = Result<SnapshotResponse, Status>> + Send>>;
+
+    async fn snapshot(&self, _: Request<SnapshotRequest>) -> Result<Response<Self::SnapshotStream>, Status> {
+        Err(not_implemented("backups of the store"))
+    }
+
+    async fn move_leader(&self, request: Request<MoveLeaderRequest>) -> Result<Response<MoveLeaderResponse>, Status> {
+        let raft = self.server.raft_status.read();
+        if !raft.is_leader {
+            return Err(status::not_leader());
+        }
+        let target = request.into_inner().target_id;
+        let view = self.server.view.load();
+        if view.members.get(target).is_none_or(|m| m.is_learner) {
+            return Err(status::bad_transferee());
+        }
+        if target == self.server.settings.member_id {
+            return Ok(Response::new(MoveLeaderResponse { header: None }));
+        }
+        Err(not_implemented("leadership transfer"))
+    }
+
+    async fn downgrade(&self, _: Request<DowngradeRequest>) -> Result<Response<DowngradeResponse>, Status> {
+        Err(not_implemented("downgrades"))
+    }
+}

@@ -1,0 +1,221 @@
+//! From a gRPC path to its service, and what holds for every call: metadata checks, deadlines, transport errors'
+//! texts, counters.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use http::{HeaderMap, Request, Response};
+use tonic::{Code, Status, body::Body};
+use tower_service::Service;
+
+use super::{Handle, status};
+use crate::pb::{
+    etcdserverpb::{
+        auth_server::AuthServer, cluster_server::ClusterServer, kv_server::KvServer, lease_server::LeaseServer,
+        maintenance_server::MaintenanceServer, watch_server::WatchServer,
+    },
+    health::health_server::HealthServer,
+    v3electionpb::election_server::ElectionServer,
+    v3lockpb::lock_server::LockServer,
+};
+
+/// All services of one RPC runtime.
+#[derive(Clone)]
+pub struct Routes {
+    handle: Handle,
+    kv: KvServer<Handle>,
+    watch: WatchServer<Handle>,
+    lease: LeaseServer<Handle>,
+    cluster: ClusterServer<Handle>,
+    maintenance: MaintenanceServer<Handle>,
+    auth: AuthServer<Handle>,
+    lock: LockServer<Handle>,
+    election: ElectionServer<Handle>,
+    health: HealthServer<Handle>,
+    receive_max: usize,
+}
+
+/// Beyond the largest request there is room for this much envelope (G-11).
+const ENVELOPE_BYTES: usize = 512 << 10;
+
+impl Routes {
+    pub fn new(handle: Handle) -> Self {
+        let receive_max = handle.server.settings.max_request_bytes + ENVELOPE_BYTES;
+        macro_rules! service {
+            ($server:ident) => {
+                $server::new(handle.clone())
+                    .max_decoding_message_size(receive_max)
+                    .max_encoding_message_size(usize::MAX)
+            };
+        }
+        Self {
+            kv: service!(KvServer),
+            watch: service!(WatchServer),
+            lease: service!(LeaseServer),
+            cluster: service!(ClusterServer),
+            maintenance: service!(MaintenanceServer),
+            auth: service!(AuthServer),
+            lock: service!(LockServer),
+            election: service!(ElectionServer),
+            health: service!(HealthServer),
+            handle,
+            receive_max,
+        }
+    }
+
+    pub fn handle(&self) -> &Handle {
+        &self.handle
+    }
+
+    pub async fn call<B>(&self, request: Request<B>) -> Response<Body>
+    where
+        B: http_body::Body<Data = bytes::Bytes> + Send + 'static,
+        B::Error: Into<Box<dyn std::error::Error + Send + Sync>> + Send,
+    {
+        let uri = request.uri().clone();
+        let Some((service, method)) = uri.path().strip_prefix('/').and_then(|p| p.split_once('/')) else {
+            return Status::unimplemented(format!("malformed method name: {:?}", uri.path())).into_http();
+        };
+        if let Err(status) = self.check(request.headers()) {
+            return status.into_http();
+        }
+        let timeout = match timeout_of(request.headers()) {
+            Ok(timeout) => timeout,
+            Err(status) => return status.into_http(),
+        };
+        let metrics = &self.handle.server.metrics;
+        metrics.rpc_started.fetch_add(1, Ordering::Relaxed);
+        macro_rules! dispatch {
+            ($($name:literal => $field:ident,)*) => {
+                match service {
+                    $($name => {
+                        let mut service = self.$field.clone();
+                        with_deadline(timeout, service.call(request)).await
+                    })*
+                    _ => Status::unimplemented(format!("unknown service {service}")).into_http(),
+                }
+            };
+        }
+        let response = dispatch! {
+            "etcdserverpb.KV" => kv,
+            "etcdserverpb.Watch" => watch,
+            "etcdserverpb.Lease" => lease,
+            "etcdserverpb.Cluster" => cluster,
+            "etcdserverpb.Maintenance" => maintenance,
+            "etcdserverpb.Auth" => auth,
+            "v3lockpb.Lock" => lock,
+            "v3electionpb.Election" => election,
+            "grpc.health.v1.Health" => health,
+        };
+        metrics.rpc_handled.fetch_add(1, Ordering::Relaxed);
+        self.transport_texts(response, service, method)
+    }
+
+    /// G-8, G-9.
+    fn check(&self, headers: &HeaderMap) -> Result<(), Status> {
+        if let Some(version) = headers.get("client-api-version")
+            && std::str::from_utf8(version.as_bytes()).is_err()
+        {
+            return Err(status::bad_api_version());
+        }
+        if headers.get("hasleader").is_some_and(|v| v == "true") && self.handle.server.raft_status.read().leader == 0 {
+            return Err(status::no_leader());
+        }
+        Ok(())
+    }
+
+    /// Errors of the transport itself get the texts of etcd's gRPC library.
+    fn transport_texts(&self, mut response: Response<Body>, service: &str, method: &str) -> Response<Body> {
+        if response.headers().get("grpc-status").is_none() {
+            return response;
+        }
+        let Some(found) = Status::from_header_map(response.headers()) else { return response };
+        let limit = self.receive_max;
+        let replaced = match (found.code(), found.message()) {
+            // A method its service does not have: an empty answer.
+            (Code::Unimplemented, "") => {
+                Some(Status::unimplemented(format!("unknown method {method} for service {service}")))
+            }
+            (Code::OutOfRange, text) if text.starts_with("Error, decoded message length too large") => {
+                let size = text.split_whitespace().find_map(|word| word.parse::<usize>().ok()).unwrap_or(0);
+                Some(Status::resource_exhausted(format!("grpc: received message larger than max ({size} vs. {limit})")))
+            }
+            (Code::Internal, text) if text.contains("failed to decode Protobuf message") => {
+                Some(Status::internal(format!("grpc: error unmarshalling request: {text}")))
+            }
+            _ => None,
+        };
+        if let Some(status) = replaced {
+            response = status.into_http();
+        }
+        response
+    }
+}
+
+/// The caller's own deadline wins over the server's (G-4). It ends the handler; what is in the log stays.
+async fn with_deadline<E>(
+    timeout: Option<Duration>,
+    call: impl Future<Output = Result<Response<Body>, E>>,
+) -> Response<Body>
+where
+    E: std::fmt::Display,
+{
+    let response = match timeout {
+        None => call.await,
+        Some(timeout) => match tokio::time::timeout(timeout, call).await {
+            Ok(response) => response,
+            Err(_) => return Status::deadline_exceeded("context deadline exceeded").into_http(),
+        },
+    };
+    response.unwrap_or_else(|e| Status::internal(e.to_string()).into_http())
+}
+
+/// The `grpc-timeout` header: up to 8 digits and a unit.
+fn timeout_of(headers: &HeaderMap) -> Result<Option<Duration>, Status> {
+    let Some(value) = headers.get("grpc-timeout") else { return Ok(None) };
+    let parse = || {
+        let text = value.to_str().ok()?;
+        let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+        if digits.is_empty() || digits.len() > 8 || !digits.bytes().all(|b| b.is_ascii_digit()) {
+            return None;
+        }
+        let n: u64 = digits.parse().ok()?;
+        Some(match unit {
+            "H" => Duration::from_secs(n * 3600),
+            "M" => Duration::from_secs(n * 60),
+            "S" => Duration::from_secs(n),
+            "m" => Duration::from_millis(n),
+            "u" => Duration::from_micros(n),
+            "n" => Duration::from_nanos(n),
+            _ => return None,
+        })
+    };
+    match parse() {
+        Some(timeout) => Ok(Some(timeout)),
+        None => {
+            let text = String::from_utf8_lossy(value.as_bytes());
+            Err(Status::internal(format!("malformed grpc-timeout: {text:?} is no timeout")))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timeouts_read_as_grpc_writes_them() {
+        let read = |text: &'static str| {
+            let mut headers = HeaderMap::new();
+            headers.insert("grpc-timeout", http::HeaderValue::from_static(text));
+            timeout_of(&headers)
+        };
+        assert_eq!(read("3S").unwrap(), Some(Duration::from_secs(3)));
+        assert_eq!(read("250m").unwrap(), Some(Duration::from_millis(250)));
+        assert_eq!(read("99999999n").unwrap(), Some(Duration::from_nanos(99_999_999)));
+        assert_eq!(timeout_of(&HeaderMap::new()).unwrap(), None);
+        for bad in ["", "S", "3", "999999999S", "-1S", "3s"] {
+            assert_eq!(read(bad).unwrap_err().code(), Code::Internal, "{bad}");
+        }
+    }
+}

@@ -1,0 +1,69 @@
+//! The one table that turns errors into gRPC statuses, with etcd's exact codes and texts.
+
+use tonic::{Code, Status};
+
+use crate::{apply::Error, mvcc};
+
+/// A status whose text begins with etcd's prefix.
+fn etcd(code: Code, text: &str) -> Status {
+    Status::new(code, format!("etcdserver: {text}"))
+}
+
+impl From<Error> for Status {
+    fn from(e: Error) -> Status {
+        match e {
+            Error::Compacted | Error::FutureRev | Error::LeaseTtlTooLarge => etcd(Code::OutOfRange, &e.to_string()),
+            Error::KeyNotFound | Error::RequestTooLarge => etcd(Code::InvalidArgument, &e.to_string()),
+            Error::AlarmAction(_) => etcd(Code::InvalidArgument, &e.to_string()),
+            Error::LeaseNotFound => etcd(Code::NotFound, &e.to_string()),
+            Error::LeaseExists => etcd(Code::FailedPrecondition, &e.to_string()),
+            Error::NoSpace => etcd(Code::ResourceExhausted, &e.to_string()),
+            Error::Corrupt => etcd(Code::DataLoss, &e.to_string()),
+            // G-2: etcd's own table misses these two, so they leave as Unknown.
+            Error::TooManyRequests => etcd(Code::Unknown, &e.to_string()),
+            Error::Timeout | Error::TimeoutAppliedIndex | Error::LeaderChanged | Error::NoLeader | Error::Stopped => {
+                etcd(Code::Unavailable, &e.to_string())
+            }
+            Error::DeadlineExceeded => Status::new(Code::DeadlineExceeded, e.to_string()),
+            Error::NotPrimaryLessor | Error::ProposalDropped => Status::new(Code::Unknown, e.to_string()),
+            Error::NotImplemented(_) => Status::new(Code::Unimplemented, e.to_string()),
+            Error::Storage(_) => Status::new(Code::Internal, e.to_string()),
+        }
+    }
+}
+
+impl From<mvcc::Error> for Status {
+    fn from(e: mvcc::Error) -> Status {
+        Error::from(e).into()
+    }
+}
+
+macro_rules! statuses {
+    ($($(#[$doc:meta])* $name:ident = $code:ident $text:literal;)*) => {
+        $($(#[$doc])* pub fn $name() -> Status { etcd(Code::$code, $text) })*
+    };
+}
+
+// Refusals that need no look at the state, and those of this member's role.
+statuses! {
+    empty_key = InvalidArgument "key is not provided";
+    key_not_found = InvalidArgument "key not found";
+    value_provided = InvalidArgument "value is provided";
+    lease_provided = InvalidArgument "lease is provided";
+    too_many_ops = InvalidArgument "too many operations in txn request";
+    duplicate_key = InvalidArgument "duplicate key given in txn request";
+    bad_sort = InvalidArgument "invalid sort option";
+    bad_api_version = InvalidArgument "invalid client api version";
+    watch_canceled = Cancelled "watch canceled";
+    no_leader = Unavailable "no leader";
+    not_leader = FailedPrecondition "not leader";
+    bad_transferee = FailedPrecondition "bad leader transferee";
+    not_capable = FailedPrecondition "not capable";
+    learner_unsupported = FailedPrecondition "rpc not supported for learner";
+    auth_not_enabled = FailedPrecondition "authentication is not enabled";
+}
+
+/// A call this server does not have yet.
+pub fn not_implemented(what: &'static str) -> Status {
+    Error::NotImplemented(what).into()
+}

@@ -1,0 +1,124 @@
+//! The applier's shell: batches, publication, answers.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
+
+use super::{Batch, Control, Core, Replies, ViewCell, Work, core::LeaseNotice};
+use crate::{
+    actor::{Actor, Turn, shell::Flow},
+    raft, watch,
+};
+
+/// Where the applier's effects go.
+pub struct Wiring {
+    pub raft: raft::RaftSender,
+    pub replies: Replies,
+    pub view: ViewCell,
+    /// Newest index whose effects are visible.
+    pub applied: Arc<AtomicU64>,
+    pub hubs: Vec<Hub>,
+    pub lease_notices: Box<dyn Fn(Vec<LeaseNotice>) + Send>,
+    /// Asks for a NOSPACE alarm.
+    pub ask_alarm: Box<dyn Fn() + Send>,
+}
+
+/// A watch hub as apply sees it: never waited for.
+pub type Hub = watch::Port;
+
+pub struct ApplyActor {
+    core: Core,
+    wiring: Wiring,
+    answers: Batch,
+    defragment_waiters: Vec<tokio::sync::oneshot::Sender<()>>,
+}
+
+/// Keys looked at in one slice of clean-up: about 0.3 ms.
+const CLEAN_KEYS: usize = 200;
+
+impl ApplyActor {
+    pub fn new(core: Core, wiring: Wiring) -> Self {
+        let answers = wiring.replies.batch();
+        Self { core, wiring, answers, defragment_waiters: Vec::new() }
+    }
+
+    fn commit(&mut self) {
+        let effects = match self.core.commit() {
+            Ok(Some(effects)) => effects,
+            Ok(None) => return,
+            // A storage error is final: what was acknowledged is in the WAL, nothing more is acknowledged.
+            Err(e) => panic!("cannot write the store: {e}"),
+        };
+        if !effects.lease_notices.is_empty() {
+            // Before the view: whoever sees a lease in the view finds its timer set.
+            (self.wiring.lease_notices)(effects.lease_notices);
+        }
+        let view = Arc::new(self.core.view());
+        self.wiring.view.publish(view.clone());
+        self.wiring.applied.store(view.applied_index, Ordering::Release);
+        for (reply, outcome) in effects.answers {
+            self.answers.add(reply, outcome);
+        }
+        self.answers.send();
+        if self.wiring.hubs.iter().any(watch::Port::is_active) {
+            let published = watch::Published {
+                view: view.kv.clone(),
+                changes: effects.changes.into(),
+                raft_term: view.applied_term,
+            };
+            for hub in self.wiring.hubs.iter().filter(|h| h.is_active()) {
+                hub.publish(published.clone());
+            }
+        }
+        if effects.wants_alarm {
+            (self.wiring.ask_alarm)();
+        }
+        if let Some(done) = effects.conf_changed {
+            self.wiring.raft.control(raft::Control::ConfChanged(done));
+        }
+    }
+}
+
+impl Actor for ApplyActor {
+    type Message = Work;
+    type Control = Control;
+
+    fn on_message(&mut self, work: Work, _: &Turn) {
+        for entry in work.entries {
+            self.core.apply(entry);
+        }
+    }
+
+    fn on_control(&mut self, message: Control, _: &Turn) -> Flow {
+        match message {
+            Control::Defragment(done) => {
+                self.defragment_waiters.push(done);
+                Flow::Continue
+            }
+            Control::Stop(done) => {
+                self.commit();
+                let _ = done.send(());
+                Flow::Stop
+            }
+        }
+    }
+
+    fn on_turn_end(&mut self, _: &Turn) {
+        self.commit();
+        // One slice of clean-up per turn, after the entries are out, so that writes never wait for more than that.
+        if self.core.is_cleaning() {
+            self.core.clean_slice(CLEAN_KEYS);
+            self.commit();
+        }
+        if !self.core.is_cleaning() {
+            for waiter in self.defragment_waiters.drain(..) {
+                let _ = waiter.send(());
+            }
+        }
+    }
+
+    fn has_work(&self) -> bool {
+        self.core.is_cleaning()
+    }
+}

@@ -1,0 +1,205 @@
+//! The RPC runtimes: one current-thread runtime per core, each with its connections and its watch hub.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{Request, Response};
+use hyper::body::Incoming;
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo, TokioTimer},
+    server::conn::auto,
+};
+use tonic::body::Body;
+
+use super::plain_io::PlainIo;
+use crate::{
+    api::{Handle, Routes, Server},
+    apply::Deliveries,
+    watch,
+};
+
+/// A socket on its way to a runtime.
+pub enum Accepted {
+    Tcp(std::net::TcpStream),
+    Unix(std::os::unix::net::UnixStream),
+}
+
+/// What a listener offers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Serves {
+    GrpcAndHttp,
+    Grpc,
+    Http,
+    /// `/metrics` and the health endpoints.
+    Metrics,
+}
+
+/// HTTP/2 limits from the configuration.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    pub max_concurrent_streams: u32,
+    /// Interval and timeout of the server's own pings; `None`: no pings.
+    pub pings: Option<(Duration, Duration)>,
+}
+
+/// Room for data a peer may send before it is asked to wait.
+const WINDOW: u32 = 1 << 20;
+const CONNECTION_WINDOW: u32 = 4 << 20;
+const HEADER_LIST_MAX: u32 = 16 << 20;
+const HEADER_READ_MAX: Duration = Duration::from_secs(300);
+
+pub struct Runtimes(Vec<Runtime>);
+
+struct Runtime {
+    sockets: flume::Sender<(Accepted, Serves)>,
+    connections: Arc<AtomicUsize>,
+}
+
+/// What one runtime is made of.
+pub struct Parts {
+    pub deliveries: Deliveries,
+    pub watch: watch::Client,
+    pub hub: watch::Ends,
+    pub hub_config: watch::HubConfig,
+}
+
+impl Runtimes {
+    /// Starts one thread for each of `parts`. `make_server` is asked once the watch clients exist.
+    pub fn start(server: &Arc<Server>, parts: Vec<Parts>, limits: &Limits) -> Self {
+        Self(
+            parts
+                .into_iter()
+                .enumerate()
+                .map(|(index, parts)| {
+                    let (sockets, accepted) = flume::unbounded();
+                    let connections = Arc::new(AtomicUsize::new(0));
+                    let (server, limits, counter) = (server.clone(), limits.clone(), connections.clone());
+                    std::thread::Builder::new()
+                        .name(format!("rpc-{index}"))
+                        .spawn(move || run(index, server, parts, limits, accepted, counter))
+                        .expect("a thread can be started at start-up");
+                    Runtime { sockets, connections }
+                })
+                .collect(),
+        )
+    }
+
+    /// Gives the socket to the least busy runtime.
+    pub fn hand_over(&self, socket: Accepted, serves: Serves) {
+        let least = self.0.iter().min_by_key(|r| r.connections.load(Ordering::Relaxed));
+        if let Some(runtime) = least {
+            runtime.connections.fetch_add(1, Ordering::Relaxed);
+            let _ = runtime.sockets.send((socket, serves));
+        }
+    }
+
+    pub fn connections(&self) -> usize {
+        self.0.iter().map(|r| r.connections.load(Ordering::Relaxed)).sum()
+    }
+}
+
+fn run(
+    index: usize,
+    server: Arc<Server>,
+    parts: Parts,
+    limits: Limits,
+    accepted: flume::Receiver<(Accepted, Serves)>,
+    connections: Arc<AtomicUsize>,
+) {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        // Long reads run beside the connections; idle threads go away.
+        .max_blocking_threads(4)
+        .build()
+        .expect("a runtime can be started at start-up");
+    let local = tokio::task::LocalSet::new();
+    local.block_on(&runtime, async move {
+        tokio::spawn(parts.deliveries.deliver());
+        let hub =
+            watch::run(parts.hub_config, index as u64, parts.hub, server.view.clone(), server.storage.clone(), |_| {});
+        tokio::task::spawn_local(hub);
+        let routes = Routes::new(Handle { server, runtime: index, watch: parts.watch });
+        while let Ok((socket, serves)) = accepted.recv_async().await {
+            let routes = routes.clone();
+            let limits = limits.clone();
+            let leaving = Leaving(connections.clone());
+            tokio::spawn(async move {
+                let _leaving = leaving;
+                let served = match socket {
+                    Accepted::Tcp(s) => match tokio::net::TcpStream::from_std(s) {
+                        Ok(s) => serve(s, routes, serves, &limits).await,
+                        Err(e) => Err(e.into()),
+                    },
+                    Accepted::Unix(s) => match tokio::net::UnixStream::from_std(s) {
+                        Ok(s) => serve(s, routes, serves, &limits).await,
+                        Err(e) => Err(e.into()),
+                    },
+                };
+                if let Err(e) = served {
+                    tracing::debug!("connection ended: {e}");
+                }
+            });
+        }
+    });
+}
+
+struct Leaving(Arc<AtomicUsize>);
+
+impl Drop for Leaving {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+async fn serve<S>(
+    socket: S,
+    routes: Routes,
+    serves: Serves,
+    limits: &Limits,
+) -> Result<(), Box<dyn std::error::Error + Send + Sync>>
+where
+    S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin + 'static,
+{
+    let mut builder = auto::Builder::new(TokioExecutor::new());
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_READ_MAX);
+    let streams = (limits.max_concurrent_streams != u32::MAX).then_some(limits.max_concurrent_streams);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(streams)
+        .initial_stream_window_size(WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_header_list_size(HEADER_LIST_MAX);
+    if let Some((interval, timeout)) = limits.pings {
+        builder.http2().keep_alive_interval(interval).keep_alive_timeout(timeout);
+    }
+    let service = hyper::service::service_fn(move |request| {
+        let routes = routes.clone();
+        async move { Ok::<_, std::convert::Infallible>(answer(&routes, serves, request).await) }
+    });
+    builder.serve_connection(TokioIo::new(PlainIo(socket)), service).await
+}
+
+async fn answer(routes: &Routes, serves: Serves, request: Request<Incoming>) -> Response<Body> {
+    let http2 = request.version() == http::Version::HTTP_2;
+    let grpc = matches!(serves, Serves::GrpcAndHttp | Serves::Grpc);
+    if http2 && grpc {
+        let content_type = request.headers().get(http::header::CONTENT_TYPE);
+        if content_type.is_some_and(|v| v.as_bytes().starts_with(b"application/grpc")) {
+            return routes.call(request).await;
+        }
+        let text =
+            format!("invalid gRPC request content-type {:?}", content_type.map_or("", |v| v.to_str().unwrap_or("")));
+        let mut response = tonic::Status::invalid_argument(text).into_http();
+        *response.status_mut() = http::StatusCode::UNSUPPORTED_MEDIA_TYPE;
+        return response;
+    }
+    let response: Response<http_body_util::Full<Bytes>> = super::respond(routes.handle(), &request).await;
+    response.map(Body::new)
+}

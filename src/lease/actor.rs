@@ -1,0 +1,174 @@
+//! The lease expirer actor: renews here without raft, proposes the revocation of what ran out.
+//!
+//! Owns the deadlines ([`Expirer`]). Control lane: what apply granted and removed, leadership. Data lane: keepalives and
+//! questions for the remaining time from handlers; full means that the handler tries again. Ticks come from outside.
+//! A lease is renewed here first, then looked up in the current view by the handler (L-9, L-11, H-41).
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use tokio::sync::oneshot;
+
+use super::{Expirer, LeaseSet, Renewal};
+use crate::{
+    actor::{Actor, Message, Turn, shell::Flow},
+    apply::LeaseNotice,
+    pb::etcdserverpb::LeaseCheckpoint,
+};
+
+#[derive(Debug)]
+pub enum Ask {
+    /// Answered with the granted time; 0: the lease is gone. No answer: this member does not lead.
+    Renew { id: i64, answer: oneshot::Sender<Renewed> },
+    /// Milliseconds left; `None`: no timer here.
+    Remaining { id: i64, answer: oneshot::Sender<Option<i64>> },
+    /// All leases in order of remaining time; empty when not leading.
+    List { answer: oneshot::Sender<Vec<i64>> },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Renewed {
+    /// Renewed for this many seconds.
+    Ttl {
+        ttl: i64,
+        clear_checkpoint: bool,
+    },
+    /// It ran out and is gone now.
+    Gone,
+    /// No timer here: the view tells whether there is such a lease.
+    Unknown,
+    NotLeader,
+}
+
+impl Message for Ask {
+    const KINDS: &'static [&'static str] = &["renew", "remaining", "list"];
+
+    fn kind(&self) -> usize {
+        match self {
+            Ask::Renew { .. } => 0,
+            Ask::Remaining { .. } => 1,
+            Ask::List { .. } => 2,
+        }
+    }
+}
+
+pub enum Control {
+    Notices(Vec<LeaseNotice>),
+    /// This member leads and has applied everything committed before.
+    Leader(LeaseSet),
+    Demoted,
+    /// Look at the deadlines.
+    Tick,
+    /// A revocation was refused for another reason than that the lease is gone: it is tried again later.
+    Stop,
+}
+
+/// What the actor asks of raft, through proposals of the server's own.
+pub trait Proposer: Unpin + 'static {
+    fn revoke(&mut self, id: i64);
+    fn checkpoint(&mut self, checkpoints: Vec<LeaseCheckpoint>);
+}
+
+pub struct LeaseActor<P> {
+    expirer: Expirer,
+    proposer: P,
+    start: Instant,
+    /// Keepalives of leases that ran out and are not gone yet (L-9).
+    waiting: HashMap<i64, Vec<oneshot::Sender<Renewed>>>,
+    /// Deadlines due next, for the ticker.
+    next_at: Arc<std::sync::atomic::AtomicU64>,
+}
+
+impl<P: Proposer> LeaseActor<P> {
+    /// `next_at`: where the ticker reads when it must tick next, in ms since the actor's start; `u64::MAX`: never.
+    pub fn new(expirer: Expirer, proposer: P, next_at: Arc<std::sync::atomic::AtomicU64>) -> Self {
+        Self { expirer, proposer, start: Instant::now(), waiting: HashMap::new(), next_at }
+    }
+
+    fn ms(&self, now: Instant) -> u64 {
+        now.saturating_duration_since(self.start).as_millis() as u64
+    }
+
+    fn gone(&mut self, id: i64) {
+        self.expirer.on_revoked(id);
+        for answer in self.waiting.remove(&id).unwrap_or_default() {
+            let _ = answer.send(Renewed::Gone);
+        }
+    }
+
+    fn work(&mut self, now: Instant) {
+        let now = self.ms(now);
+        for id in self.expirer.tick(now) {
+            self.proposer.revoke(id);
+        }
+        loop {
+            let checkpoints = self.expirer.next_checkpoints(now);
+            if checkpoints.is_empty() {
+                break;
+            }
+            self.proposer.checkpoint(checkpoints);
+        }
+        let next = self.expirer.next_at().unwrap_or(u64::MAX);
+        self.next_at.store(next, std::sync::atomic::Ordering::Relaxed);
+    }
+}
+
+impl<P: Proposer> Actor for LeaseActor<P> {
+    type Message = Ask;
+    type Control = Control;
+
+    fn on_message(&mut self, ask: Ask, turn: &Turn) {
+        let now = self.ms(turn.now);
+        match ask {
+            Ask::Renew { id, answer } => {
+                let renewed = match self.expirer.on_renew(id, now) {
+                    Renewal::Renewed { ttl, clear_checkpoint } => Renewed::Ttl { ttl, clear_checkpoint },
+                    Renewal::Expired => {
+                        self.waiting.entry(id).or_default().push(answer);
+                        return;
+                    }
+                    Renewal::Unknown => Renewed::Unknown,
+                    Renewal::NotLeader => Renewed::NotLeader,
+                };
+                let _ = answer.send(renewed);
+            }
+            Ask::Remaining { id, answer } => {
+                let _ = answer.send(self.expirer.remaining_ms(id, now));
+            }
+            Ask::List { answer } => {
+                let _ = answer.send(self.expirer.by_remaining());
+            }
+        }
+    }
+
+    fn on_control(&mut self, message: Control, turn: &Turn) -> Flow {
+        match message {
+            Control::Notices(notices) => {
+                let now = self.ms(turn.now);
+                for notice in notices {
+                    match notice {
+                        LeaseNotice::Granted { id, ttl } => self.expirer.on_granted(id, ttl, now),
+                        LeaseNotice::Gone { id } => self.gone(id),
+                    }
+                }
+            }
+            Control::Leader(leases) => self.expirer.on_leader(self.ms(turn.now), &leases),
+            Control::Demoted => {
+                self.expirer.on_demoted();
+                for (_, answers) in self.waiting.drain() {
+                    for answer in answers {
+                        let _ = answer.send(Renewed::NotLeader);
+                    }
+                }
+            }
+            Control::Tick => {}
+            Control::Stop => return Flow::Stop,
+        }
+        Flow::Continue
+    }
+
+    fn on_turn_end(&mut self, turn: &Turn) {
+        self.work(turn.now);
+    }
+}

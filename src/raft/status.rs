@@ -1,0 +1,94 @@
+//! What the raft actor tells the rest of the process: plain atomics, written by it alone.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Acquire, Ordering::Relaxed, Ordering::Release};
+
+use tokio::sync::Notify;
+
+#[derive(Debug, Default)]
+pub struct Status {
+    term: AtomicU64,
+    leader: AtomicU64,
+    commit: AtomicU64,
+    last_index: AtomicU64,
+    is_leader: AtomicBool,
+    is_learner: AtomicBool,
+    sole_voter: AtomicBool,
+    pub leader_changes: AtomicU64,
+    pub proposals_pending: AtomicU64,
+    pub proposals_failed: AtomicU64,
+    pub proposals_committed: AtomicU64,
+    pub heartbeat_send_failures: AtomicU64,
+    /// A tick is on its way to raft.
+    pub tick_pending: AtomicBool,
+    /// Told after every change of term, leader or role.
+    changed: Notify,
+}
+
+/// One reading.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reading {
+    pub term: u64,
+    /// 0: none known.
+    pub leader: u64,
+    pub commit: u64,
+    pub last_index: u64,
+    pub is_leader: bool,
+    pub is_learner: bool,
+    /// This member is the only voter.
+    pub sole_voter: bool,
+}
+
+impl Status {
+    pub(super) fn write(&self, now: &Reading) {
+        let changed = self.leader.load(Relaxed) != now.leader
+            || self.term.load(Relaxed) != now.term
+            || self.is_leader.load(Relaxed) != now.is_leader;
+        if self.leader.load(Relaxed) != now.leader && now.leader != 0 {
+            self.leader_changes.fetch_add(1, Relaxed);
+        }
+        self.commit.store(now.commit, Relaxed);
+        self.last_index.store(now.last_index, Relaxed);
+        self.is_learner.store(now.is_learner, Relaxed);
+        self.leader.store(now.leader, Relaxed);
+        self.is_leader.store(now.is_leader, Relaxed);
+        self.sole_voter.store(now.sole_voter, Relaxed);
+        self.term.store(now.term, Release);
+        if changed {
+            self.changed.notify_waiters();
+        }
+    }
+
+    pub fn read(&self) -> Reading {
+        Reading {
+            term: self.term.load(Acquire),
+            leader: self.leader.load(Relaxed),
+            commit: self.commit.load(Relaxed),
+            last_index: self.last_index.load(Relaxed),
+            is_leader: self.is_leader.load(Relaxed),
+            is_learner: self.is_learner.load(Relaxed),
+            sole_voter: self.sole_voter.load(Relaxed),
+        }
+    }
+
+    /// The term this member leads alone in: then the current view is linearizable once an entry of that term is
+    /// applied, and no round is needed.
+    pub fn sole_leader_term(&self) -> Option<u64> {
+        let term = self.term.load(Acquire);
+        (self.is_leader.load(Relaxed) && self.sole_voter.load(Relaxed)).then_some(term)
+    }
+
+    /// Waits until `done` holds of a reading.
+    pub async fn until(&self, mut done: impl FnMut(&Reading) -> bool) -> Reading {
+        loop {
+            let told = self.changed.notified();
+            tokio::pin!(told);
+            // Registered before the look, so that a change between look and wait is not missed.
+            told.as_mut().enable();
+            let now = self.read();
+            if done(&now) {
+                return now;
+            }
+            told.await;
+        }
+    }
+}

@@ -1,0 +1,385 @@
+//! One member: opens its data, starts its actors in the order of the data flow, serves, and stops in phases.
+
+mod compactor;
+mod data;
+mod lessor;
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+    mpsc::sync_channel,
+};
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::{Context, anyhow};
+
+use crate::{
+    actor::{Gate, Inbox, Registry, placement::Arbiters, shell, watchdog},
+    api,
+    apply::{self, ApplyActor, Replies, ViewCell},
+    cluster::{Version, bootstrap},
+    config::{Config, ETCD_VERSION},
+    http::{
+        listener::{self, SocketOptions},
+        runtime::{self, Limits, Runtimes, Serves},
+    },
+    lease::{self, Expirer},
+    pb::etcdserverpb::InternalRaftRequest,
+    raft::{self, RaftActor},
+    snapshot::{self, Checkpointer},
+    storage::{Storage, layout::StoreDir},
+    telemetry::Metrics,
+    wal::{self, writer::WalActor},
+    watch,
+};
+
+/// Proposals waiting or under way. 5,000 may be committed ahead of apply (G-12); as many again fill the next batches,
+/// and the lane must never be smaller than the gate.
+const PROPOSALS_MAX: usize = 10_000;
+/// Their encoded bytes: some forty of the largest requests, or all slots with 6 KiB each.
+const PROPOSAL_BYTES_MAX: usize = 64 << 20;
+/// Appends waiting for the WAL. raft takes no new Ready beyond it, so a few are enough to keep the disk busy.
+const APPENDS_MAX: usize = 64;
+const APPEND_BYTES_MAX: usize = 64 << 20;
+/// Batches of committed entries waiting for apply, and their bytes.
+const COMMITTED_MAX: usize = 1024;
+const COMMITTED_BYTES_MAX: usize = 64 << 20;
+/// Keepalives waiting for the lease expirer; one that finds it full tries again.
+const LEASE_ASKS_MAX: usize = 10_000;
+/// Bytes of log entries kept in memory for followers that lag.
+const CATCH_UP_BYTES_MAX: usize = 64 << 20;
+/// Commit may be this far ahead of apply before proposals are refused (G-12).
+const APPLY_LAG_MAX: u64 = 5_000;
+
+/// Unix milliseconds: the seed of ids that must differ after a restart.
+fn unix_ms() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
+}
+
+/// RPC runtimes: one per core.
+fn rpc_runtimes() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// A running member.
+pub struct Member {
+    server: Arc<api::Server>,
+    runtimes: Arc<Runtimes>,
+    arbiters: Arbiters,
+    wal: crate::actor::Sender<raft::Append, wal::Control>,
+    listeners: Vec<tokio::task::JoinHandle<()>>,
+    tasks: Vec<tokio::task::JoinHandle<()>>,
+    /// Keeps other processes out of the store.
+    _lock: StoreDir,
+}
+
+/// Opens the data directory and starts everything. Returns once clients are served.
+pub async fn start(config: &Config) -> anyhow::Result<Member> {
+    let began = Instant::now();
+    let opened = data::open(config)?;
+    let ids = opened.ids;
+    let storage = opened.storage;
+    let request_timeout = Duration::from_secs(5) + 2 * Duration::from_millis(config.election_timeout_ms);
+    let min_lease_ttl = lease::min_ttl(config.election_ticks(), config.heartbeat_interval_ms);
+
+    let core = opened.core;
+    let view = ViewCell::new(core.view());
+    let applied = Arc::new(AtomicU64::new(core.applied_index()));
+    let registry = Registry::default();
+    let metrics = Metrics::default();
+    let raft_status = Arc::new(raft::Status::default());
+
+    let rpc = rpc_runtimes();
+    // One delivery queue more than RPC runtimes: for the server's own proposals.
+    let own_runtime = rpc;
+    let (replies, mut deliveries) = Replies::new(rpc + 1);
+    let own_deliveries = deliveries.pop().context("a delivery queue for the server")?;
+    let hub_config = watch::HubConfig {
+        cluster_id: ids.cluster,
+        member_id: ids.member,
+        fragment_bytes: config.max_request_bytes as usize + (512 << 10),
+        progress_interval_ms: config.watch_progress_interval().as_millis() as u64,
+        ..watch::HubConfig::default()
+    };
+    let mut ports = Vec::new();
+    let mut parts = Vec::new();
+    for deliveries in deliveries {
+        let (port, client, ends) = watch::connect(hub_config.stream_budget_bytes);
+        ports.push(port);
+        parts.push(runtime::Parts { deliveries, watch: client, hub: ends, hub_config: hub_config.clone() });
+    }
+
+    let (raft_tx, raft_rx) = Inbox::new("raft", PROPOSALS_MAX, PROPOSAL_BYTES_MAX + (2 << 20));
+    let (wal_tx, wal_rx) = Inbox::new("wal", APPENDS_MAX, APPEND_BYTES_MAX);
+    let (apply_tx, apply_rx) = Inbox::new("apply", COMMITTED_MAX, COMMITTED_BYTES_MAX);
+    let (lease_tx, lease_rx) = Inbox::new("lease_expirer", LEASE_ASKS_MAX, usize::MAX);
+    let (checkpoint_tx, checkpoint_rx) = Inbox::new("checkpointer", 1, usize::MAX);
+    let gate = Gate::new("proposals", PROPOSALS_MAX, PROPOSAL_BYTES_MAX);
+    for stats in [&raft_tx.stats, &wal_tx.stats, &apply_tx.stats, &lease_tx.stats, &checkpoint_tx.stats] {
+        registry.add(stats);
+    }
+    registry.add_gate(&gate);
+
+    let server = Arc::new(api::Server::new(api::Parts {
+        settings: api::Settings {
+            cluster_id: ids.cluster,
+            member_id: ids.member,
+            max_request_bytes: config.max_request_bytes as usize,
+            max_txn_ops: config.max_txn_ops as usize,
+            quota_bytes: config.quota(),
+            quota_configured: config.quota_backend_bytes,
+            request_timeout,
+            election_timeout: Duration::from_millis(config.election_timeout_ms),
+            min_lease_ttl,
+            warning_unary: config.slow_unary_request(),
+        },
+        view: view.clone(),
+        storage: storage.clone(),
+        raft: raft_tx.clone(),
+        raft_status: raft_status.clone(),
+        apply: apply_tx.clone(),
+        leases: lease_tx.clone(),
+        gate,
+        registry: registry.clone(),
+        metrics: metrics.clone(),
+        started_unix_ms: unix_ms(),
+    }));
+
+    let mut arbiters = Arbiters::default();
+    let main = tokio::runtime::Handle::current();
+    let mut tasks = vec![tokio::spawn(own_deliveries.deliver()), tokio::spawn(watchdog::watch(registry))];
+
+    // raft
+    let raft_core = raft::Core::new(
+        raft::Options {
+            id: ids.member,
+            election_ticks: config.election_ticks() as usize,
+            heartbeat_ticks: 1,
+            pre_vote: config.pre_vote,
+            apply_lag_max: APPLY_LAG_MAX,
+            catch_up_entries: config.snapshot_catchup_entries,
+            catch_up_bytes: CATCH_UP_BYTES_MAX,
+        },
+        opened.recovered,
+    )
+    .map_err(|e| anyhow!(e))?;
+    let wiring = raft::Wiring {
+        wal: wal_tx.clone(),
+        apply: apply_tx.clone(),
+        replies: replies.clone(),
+        status: raft_status.clone(),
+        applied: applied.clone(),
+    };
+    let (arbiter, vital) = arbiters.place("raft");
+    shell::spawn(&arbiter, raft_rx, vital, move || RaftActor::new(raft_core, wiring));
+
+    // wal
+    let (arbiter, vital) = arbiters.place("wal");
+    let (log, raft_again, keep) = (opened.wal, raft_tx.clone(), config.max_wals as usize);
+    let sync_metrics = metrics.clone();
+    let on_write: wal::writer::OnWrite = Arc::new(move |appended| {
+        sync_metrics.wal_bytes.fetch_add(appended.bytes, Ordering::Relaxed);
+        if let Some(spent) = appended.sync {
+            sync_metrics.wal_sync.record(spent);
+        }
+    });
+    shell::spawn(&arbiter, wal_rx, vital, move || WalActor::new(log, raft_again, keep, on_write));
+
+    // apply
+    let notices = lease_tx.clone();
+    let (alarm_server, alarm_runtime) = (server.clone(), main.clone());
+    let wiring = apply::Wiring {
+        raft: raft_tx.clone(),
+        replies,
+        view: view.clone(),
+        applied: applied.clone(),
+        hubs: ports,
+        lease_notices: Box::new(move |n| {
+            notices.control(lease::actor::Control::Notices(n));
+        }),
+        ask_alarm: Box::new(move || {
+            let _inside = alarm_runtime.enter();
+            alarm_server.ask_alarm(own_runtime);
+        }),
+    };
+    let (arbiter, vital) = arbiters.place("apply");
+    shell::spawn(&arbiter, apply_rx, vital, move || ApplyActor::new(core, wiring));
+
+    // checkpointer
+    let (arbiter, vital) = arbiters.place("checkpointer");
+    let checkpointer = Checkpointer::new(snapshot::Wiring {
+        storage: storage.clone(),
+        raft: raft_tx.clone(),
+        applied: applied.clone(),
+        entries_between: config.snapshot_count,
+        metrics: metrics.clone(),
+    });
+    shell::spawn(&arbiter, checkpoint_rx, vital, move || checkpointer);
+    tasks.push(tokio::spawn(async move {
+        let mut every = ticks(snapshot::SYNC_INTERVAL);
+        loop {
+            every.tick().await;
+            // At most one is waiting: a slow disk is not asked twice.
+            let _ = checkpoint_tx.try_send(snapshot::Tick);
+        }
+    }));
+
+    // lease expirer
+    let (arbiter, vital) = arbiters.place("lease_expirer");
+    let expirer = Expirer::new(
+        config.election_timeout_ms,
+        request_timeout.as_millis() as u64,
+        config.feature_gates.enabled("LeaseCheckpoint"),
+    );
+    let proposer = lessor::Proposer::new(server.clone(), own_runtime, main.clone());
+    let next_deadline = Arc::new(AtomicU64::new(u64::MAX));
+    let for_actor = next_deadline.clone();
+    shell::spawn(&arbiter, lease_rx, vital, move || lease::actor::LeaseActor::new(expirer, proposer, for_actor));
+    tasks.push(tokio::spawn(lessor::follow_leadership(server.clone())));
+    tasks.push(tokio::spawn(lessor::tick(server.clone(), next_deadline)));
+
+    // compactor
+    if let Some(schedule) = compactor::schedule(config).map_err(|e| anyhow!(e))? {
+        let (sender, inbox) = Inbox::new("compactor", 1, usize::MAX);
+        server.registry.add(&sender.stats);
+        let every = schedule.tick_interval();
+        let (arbiter, vital) = arbiters.place("compactor");
+        let (of, runtime) = (server.clone(), main.clone());
+        shell::spawn(&arbiter, inbox, vital, move || compactor::Compactor::new(schedule, of, own_runtime, runtime));
+        tasks.push(tokio::spawn(async move {
+            let mut every = ticks(every);
+            every.tick().await;
+            loop {
+                every.tick().await;
+                let _ = sender.try_send(compactor::Tick);
+            }
+        }));
+    }
+
+    // the raft clock
+    let heartbeat = Duration::from_millis(config.heartbeat_interval_ms);
+    let ticking = raft_tx.clone();
+    let clock = raft_status.clone();
+    tasks.push(tokio::spawn(async move {
+        let mut every = ticks(heartbeat);
+        loop {
+            every.tick().await;
+            // A tick that raft has not looked at yet is not followed by another: missed ticks are not replayed.
+            if !clock.tick_pending.swap(true, Ordering::AcqRel) {
+                ticking.control(raft::Control::Tick);
+            }
+        }
+    }));
+    // The first look, so that a lone member leads at once.
+    raft_tx.control(raft::Control::Tick);
+
+    publish(&server, config, own_runtime).await?;
+
+    // Clients come in only now (G-14).
+    let limits = Limits { max_concurrent_streams: config.max_concurrent_streams, pings: config.server_pings() };
+    let runtimes = Arc::new(Runtimes::start(&server, parts, &limits));
+    let listeners = listen(config, &runtimes).await?;
+    tracing::info!(
+        member_id = format!("{:x}", ids.member),
+        cluster_id = format!("{:x}", ids.cluster),
+        took = ?began.elapsed(),
+        "ready to serve client requests"
+    );
+    Ok(Member { server, runtimes, arbiters, wal: wal_tx, listeners, tasks, _lock: opened.lock })
+}
+
+fn ticks(period: Duration) -> tokio::time::Interval {
+    let mut every = tokio::time::interval(period);
+    every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    every
+}
+
+/// Tells the cluster this member's name and client URLs, then the cluster version: the first entries of every start.
+async fn publish(server: &Arc<api::Server>, config: &Config, runtime: usize) -> anyhow::Result<()> {
+    let urls: Vec<String> = config.advertise_client_urls.iter().map(ToString::to_string).collect();
+    let member = server.settings.member_id;
+    propose_until_applied(server, runtime, || bootstrap::publish_request(member, &config.name, &urls)).await?;
+    let own: Version = ETCD_VERSION.parse()?;
+    let wanted = own.cluster_version();
+    if server.view.load().members.cluster_version().is_none_or(|v| v < wanted) {
+        propose_until_applied(server, runtime, || bootstrap::cluster_version_request(wanted)).await?;
+    }
+    Ok(())
+}
+
+async fn propose_until_applied(
+    server: &api::Server,
+    runtime: usize,
+    request: impl Fn() -> InternalRaftRequest,
+) -> anyhow::Result<()> {
+    loop {
+        match server.propose(request(), runtime).await {
+            Ok(_) => return Ok(()),
+            Err(apply::Error::Stopped) => return Err(anyhow!("stopped before the member could join its cluster")),
+            Err(e) => tracing::warn!("cannot publish this member yet: {e}; trying again"),
+        }
+    }
+}
+
+async fn listen(config: &Config, runtimes: &Arc<Runtimes>) -> anyhow::Result<Vec<tokio::task::JoinHandle<()>>> {
+    let options = SocketOptions { reuse_port: config.socket_reuse_port, reuse_address: config.socket_reuse_address };
+    let on_client_port = if config.listen_client_http_urls.is_empty() { Serves::GrpcAndHttp } else { Serves::Grpc };
+    let groups = [
+        (&config.listen_client_urls, on_client_port),
+        (&config.listen_client_http_urls, Serves::Http),
+        (&config.listen_metrics_urls, Serves::Metrics),
+    ];
+    // All are bound before the first is served: a port that is taken ends the start.
+    let mut bound = Vec::new();
+    for (urls, serves) in groups {
+        for url in urls {
+            for listener in listener::bind(url, options).await? {
+                bound.push((listener, serves, url));
+            }
+        }
+    }
+    Ok(bound
+        .into_iter()
+        .map(|(listener, serves, url)| {
+            tracing::info!(address = %url, "serving clients");
+            tokio::spawn(listener::accept(listener, runtimes.clone(), serves))
+        })
+        .collect())
+}
+
+/// How long each phase of the stop may take.
+const STOP_WAIT: Duration = Duration::from_secs(5);
+
+impl Member {
+    pub fn server(&self) -> &Arc<api::Server> {
+        &self.server
+    }
+
+    /// Stops in phases: no new connections, waiting proposals refused, the log and the store synced.
+    pub async fn stop(self) {
+        for listener in &self.listeners {
+            listener.abort();
+        }
+        tracing::info!(connections = self.runtimes.connections(), "stopping");
+        self.server.raft.control(raft::Control::Stop);
+        let (wal_done, wal_stopped) = sync_channel(1);
+        let (apply_done, apply_stopped) = sync_channel(1);
+        self.wal.control(wal::Control::Stop(wal_done));
+        self.server.apply.control(apply::Control::Stop(apply_done));
+        let storage = self.server.storage.clone();
+        let arbiters = self.arbiters;
+        let finish = tokio::task::spawn_blocking(move || {
+            let _ = wal_stopped.recv_timeout(STOP_WAIT);
+            let _ = apply_stopped.recv_timeout(STOP_WAIT);
+            if let Err(e) = storage.sync() {
+                tracing::warn!("the store could not be synced at the end: {e}; the log has everything");
+            }
+            arbiters.stop();
+        });
+        let _ = tokio::time::timeout(3 * STOP_WAIT, finish).await;
+        for task in &self.tasks {
+            task.abort();
+        }
+        tracing::info!("stopped");
+    }
+}

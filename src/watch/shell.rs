@@ -1,0 +1,314 @@
+//! The hub's shell: one task on its RPC runtime's thread.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, atomic::Ordering},
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
+
+use tokio::sync::{mpsc, oneshot};
+use tonic::Status;
+
+use super::{
+    History, HistoryError, HistoryLimit, HistoryPage, Hub, HubConfig, Outgoing, Published, StreamId,
+    port::{Ask, Client, Ends, Queued},
+};
+use crate::{
+    apply::ViewCell,
+    mvcc::{KeyRange, Revision, record::RawKeyValue, replay, view::View},
+    pb::etcdserverpb::{WatchRequest, WatchResponse},
+    storage::{self, Storage},
+};
+
+/// Catch-up work between two looks at the queues.
+const TURN: Duration = Duration::from_micros(500);
+
+/// The store as the hub reads it.
+struct StoreHistory {
+    view: Arc<View>,
+    cell: ViewCell,
+    storage: Arc<dyn Storage>,
+}
+
+impl StoreHistory {
+    fn refresh(&mut self) {
+        self.view = self.cell.load().kv.clone();
+    }
+}
+
+impl History for StoreHistory {
+    fn view(&self) -> &View {
+        &self.view
+    }
+
+    fn changes(&mut self, range: KeyRange<'_>, from: i64, limit: HistoryLimit) -> Result<HistoryPage, HistoryError> {
+        let bound = replay::Limit { changes: limit.revisions, bytes: limit.bytes };
+        let found = replay::changes(&self.view, &*self.storage, range, from, self.view.revision, bound);
+        // Clean-up may have taken rows that an older view still names: the newest view then says so.
+        self.refresh();
+        if from < self.view.compact_revision {
+            return Err(HistoryError::Compacted { compact_revision: self.view.compact_revision });
+        }
+        match found {
+            Ok(page) => Ok(HistoryPage { changes: page.changes, next_from: page.next }),
+            Err(e) => Err(HistoryError::Storage(storage::Error::Fatal(e.to_string()))),
+        }
+    }
+
+    fn record(&mut self, revision: Revision) -> Result<Option<RawKeyValue>, storage::Error> {
+        crate::mvcc::range::record(&*self.storage, revision).map_err(|e| storage::Error::Fatal(e.to_string()))
+    }
+}
+
+struct Shell {
+    hub: Hub,
+    history: StoreHistory,
+    streams: HashMap<StreamId, mpsc::UnboundedSender<Result<Queued, Status>>>,
+    /// Readers that wait until their stream takes requests again.
+    held: HashMap<StreamId, oneshot::Sender<()>>,
+    out: Vec<Outgoing>,
+    ends: Ends,
+    start: Instant,
+}
+
+/// Runs a hub until its clients are gone. Must run on the thread of the streams' runtime.
+pub async fn run(
+    config: HubConfig,
+    seed: u64,
+    ends: Ends,
+    cell: ViewCell,
+    storage: Arc<dyn Storage>,
+    stats: impl Fn(&super::Stats),
+) {
+    let view = cell.load().kv.clone();
+    let mut shell = Shell {
+        hub: Hub::new(config, seed),
+        history: StoreHistory { view, cell, storage },
+        streams: HashMap::new(),
+        held: HashMap::new(),
+        out: Vec::new(),
+        ends,
+        start: Instant::now(),
+    };
+    let mut behind = false;
+    loop {
+        let next_tick = shell.hub.next_tick().map(|ms| shell.start + Duration::from_millis(ms));
+        let published = shell.ends.published.clone();
+        let asks = shell.ends.asks.clone();
+        tokio::select! {
+            biased;
+            message = published.recv_async() => match message {
+                Ok(message) => {
+                    shell.published(message);
+                    while let Ok(message) = published.try_recv() {
+                        shell.published(message);
+                    }
+                }
+                Err(_) => return,
+            },
+            ask = asks.recv_async() => match ask {
+                Ok(ask) => {
+                    shell.ask(ask);
+                    while let Ok(ask) = asks.try_recv() {
+                        shell.ask(ask);
+                    }
+                }
+                Err(_) => return,
+            },
+            () = sleep_until(next_tick), if next_tick.is_some() => {
+                let now = shell.now_ms();
+                shell.hub.on_tick(now, &mut shell.out);
+                shell.forward();
+            }
+            () = tokio::task::yield_now(), if behind => {}
+        }
+        behind = shell.catch_up();
+        stats(&shell.hub.stats());
+    }
+}
+
+async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+impl Shell {
+    fn now_ms(&self) -> u64 {
+        self.start.elapsed().as_millis() as u64
+    }
+
+    fn published(&mut self, message: Published) {
+        self.history.refresh();
+        if let Err(e) = self.hub.on_published(&message, &mut self.history, &mut self.out) {
+            fatal(&e);
+        }
+        self.forward();
+    }
+
+    fn ask(&mut self, ask: Ask) {
+        match ask {
+            Ask::Open { responses, opened } => {
+                // IMPORTANT: active before the view is looked at, see `Port::is_active`.
+                self.ends.active.store(true, Ordering::SeqCst);
+                self.adopt_current_view();
+                let stream = self.hub.open_stream(self.now_ms());
+                self.streams.insert(stream, responses);
+                if opened.send(stream).is_err() {
+                    self.close(stream);
+                }
+            }
+            Ask::Request { stream, request, denied, go_on } => {
+                self.adopt_current_view();
+                let view = self.history.view.clone();
+                self.hub.on_request(stream, request, denied, &view, &mut self.out);
+                self.forward();
+                if self.hub.accepts_requests(stream) {
+                    let _ = go_on.send(());
+                } else {
+                    self.held.insert(stream, go_on);
+                }
+            }
+            Ask::Taken { stream, bytes } => {
+                self.hub.on_taken(stream, bytes, &mut self.out);
+                self.forward();
+                if self.hub.accepts_requests(stream)
+                    && let Some(go_on) = self.held.remove(&stream)
+                {
+                    let _ = go_on.send(());
+                }
+            }
+            Ask::Close { stream } => self.close(stream),
+        }
+    }
+
+    /// The hub hears nothing while it has no streams, and answers may be based on a view newer than its last message:
+    /// it is told of that view as a jump. What the messages to come repeat, deliveries skip.
+    fn adopt_current_view(&mut self) {
+        self.history.refresh();
+        if self.streams.is_empty() {
+            let message =
+                Published { view: self.history.view.clone(), changes: Arc::from([]), raft_term: self.raft_term() };
+            if message.view.revision > self.hub.revision() {
+                self.published(message);
+            }
+        }
+    }
+
+    fn raft_term(&self) -> u64 {
+        self.history.cell.load().applied_term
+    }
+
+    fn close(&mut self, stream: StreamId) {
+        self.hub.close_stream(stream);
+        self.streams.remove(&stream);
+        self.held.remove(&stream);
+        if self.streams.is_empty() {
+            self.ends.active.store(false, Ordering::SeqCst);
+        }
+    }
+
+    fn forward(&mut self) {
+        for outgoing in self.out.drain(..) {
+            if let Some(stream) = self.streams.get(&outgoing.stream) {
+                // A stream whose client is gone is about to be closed.
+                let _ = stream.send(Ok(Queued { response: outgoing.response, bytes: outgoing.bytes }));
+            }
+        }
+    }
+
+    /// Some history for watchers that are behind; true if there is more to do.
+    fn catch_up(&mut self) -> bool {
+        let until = Instant::now() + TURN;
+        loop {
+            match self.hub.catch_up(1, &mut self.history, &mut self.out) {
+                Ok(more) => {
+                    self.forward();
+                    if !more || Instant::now() >= until {
+                        return more;
+                    }
+                }
+                Err(e) => fatal(&e),
+            }
+        }
+    }
+}
+
+fn fatal(e: &storage::Error) -> ! {
+    tracing::error!("cannot read the store for watchers: {e}; the process ends");
+    std::process::exit(1)
+}
+
+/// A watch stream as the transport sees it.
+pub struct Responses {
+    queue: mpsc::UnboundedReceiver<Result<Queued, Status>>,
+    untold: usize,
+    stream: StreamId,
+    client: Client,
+}
+
+impl Client {
+    /// Opens a stream. `None` if the hub has ended.
+    pub async fn open(&self) -> Option<(Requests, Responses)> {
+        let (responses, queue) = mpsc::unbounded_channel();
+        let (opened, id) = oneshot::channel();
+        self.asks.send(Ask::Open { responses: responses.clone(), opened }).ok()?;
+        let stream = id.await.ok()?;
+        let requests = Requests { stream, client: self.clone(), responses };
+        Some((requests, Responses { queue, untold: 0, stream, client: self.clone() }))
+    }
+}
+
+/// The requests' side of a stream.
+pub struct Requests {
+    stream: StreamId,
+    client: Client,
+    responses: mpsc::UnboundedSender<Result<Queued, Status>>,
+}
+
+impl Requests {
+    /// Hands over one request; comes back when the next may be read. False: the hub has ended.
+    pub async fn send(&self, request: WatchRequest, denied: Option<String>) -> bool {
+        let (go_on, wait) = oneshot::channel();
+        let ask = Ask::Request { stream: self.stream, request, denied, go_on };
+        self.client.asks.send(ask).is_ok() && wait.await.is_ok()
+    }
+
+    /// Ends the stream with a status.
+    pub fn end(&self, status: Status) {
+        let _ = self.responses.send(Err(status));
+    }
+
+    /// When the client has gone.
+    pub async fn closed(&self) {
+        self.responses.closed().await;
+    }
+}
+
+impl tokio_stream::Stream for Responses {
+    type Item = Result<WatchResponse, Status>;
+
+    fn poll_next(mut self: std::pin::Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        match self.queue.poll_recv(cx) {
+            Poll::Ready(Some(Ok(queued))) => {
+                self.untold += queued.bytes;
+                if self.untold >= self.client.report_bytes {
+                    let bytes = std::mem::take(&mut self.untold);
+                    let _ = self.client.asks.send(Ask::Taken { stream: self.stream, bytes });
+                }
+                Poll::Ready(Some(Ok(queued.response)))
+            }
+            Poll::Ready(Some(Err(status))) => Poll::Ready(Some(Err(status))),
+            Poll::Ready(None) => Poll::Ready(None),
+            Poll::Pending => Poll::Pending,
+        }
+    }
+}
+
+impl Drop for Responses {
+    fn drop(&mut self) {
+        let _ = self.client.asks.send(Ask::Close { stream: self.stream });
+    }
+}
