@@ -2,10 +2,10 @@
 
 use prost::{Message, encoding};
 
-use super::{history::History, watcher::Watcher};
+use super::history::History;
 use crate::{
     mvcc::{change::Change, record::RawEvent},
-    pb::etcdserverpb::{ResponseHeader, WatchResponse},
+    pb::etcdserverpb::WatchResponse,
     storage,
 };
 
@@ -34,18 +34,15 @@ pub(super) fn event(change: &Change, prev_kv: bool, history: &mut dyn History) -
     }
 }
 
-/// The one response that carries `events`, or its fragments if the watcher asked for fragments and it is too large.
-pub(super) fn responses(
-    watcher: &Watcher,
-    header: ResponseHeader,
-    events: Vec<RawEvent>,
-    fragment_bytes: usize,
-) -> Vec<WatchResponse> {
-    let whole = WatchResponse { header: Some(header), watch_id: watcher.id, events, ..Default::default() };
-    if !watcher.options.fragment || whole.events.len() < 2 || whole.encoded_len() < fragment_bytes {
-        return vec![whole];
-    }
-    let empty = WatchResponse { events: Vec::new(), fragment: true, ..whole.clone() };
+/// Parts a response too large for its client: each fragment stays below `fragment_bytes` unless a single event is not.
+pub(super) fn fragments(whole: WatchResponse, fragment_bytes: usize) -> Vec<WatchResponse> {
+    let empty = WatchResponse {
+        events: Vec::new(),
+        fragment: true,
+        header: whole.header,
+        watch_id: whole.watch_id,
+        ..Default::default()
+    };
     let mut fragments = Vec::new();
     let mut fragment = empty.clone();
     let mut bytes = empty.encoded_len();

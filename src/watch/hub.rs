@@ -11,8 +11,9 @@ use super::{
     fanout,
     history::{History, HistoryError, HistoryLimit},
     key_index::KeyIndex,
+    slab::{Slab, Slot},
     stream::{Stream, StreamId},
-    watcher::{Options, SharedRange, Slot, State, Watcher, Watchers, watched_range},
+    watcher::{Options, SharedRange, State, Watcher, watched_range},
 };
 use crate::{
     mvcc::{change::Change, record::RawEvent, view::View},
@@ -100,7 +101,7 @@ pub struct Hub {
     raft_term: u64,
     opened: u64,
     streams: BTreeMap<StreamId, Stream>,
-    watchers: Watchers,
+    watchers: Slab<Watcher>,
     /// The watchers that are not dead, by what they watch.
     keys: KeyIndex,
     /// Waiting watchers by their gate.
@@ -128,7 +129,7 @@ impl Hub {
             raft_term: 0,
             opened: 0,
             streams: BTreeMap::new(),
-            watchers: Watchers::default(),
+            watchers: Slab::default(),
             keys: KeyIndex::default(),
             waiting: BTreeSet::new(),
             ready: BTreeSet::new(),
@@ -348,11 +349,10 @@ impl Hub {
     fn jump(&mut self, to: i64) {
         for slot in self.watchers.slots() {
             let delivered = self.revision;
-            let Some(watcher) = self.watchers.get(slot) else { continue };
+            let watcher = &mut self.watchers[slot];
             if matches!(watcher.state, State::Live | State::Waiting) {
-                let next = watcher.next.max(delivered + 1);
-                self.watchers[slot].next = next;
-                if next <= to {
+                watcher.next = watcher.next.max(delivered + 1);
+                if watcher.next <= to {
                     self.set_state(slot, State::Behind);
                 }
             }
@@ -571,15 +571,24 @@ impl Hub {
         let watcher = &mut self.watchers[slot];
         watcher.quiet = false;
         let id = watcher.stream;
-        for response in fanout::responses(watcher, header, events, self.config.fragment_bytes) {
+        let response = WatchResponse { header: Some(header), watch_id: watcher.id, events, ..Default::default() };
+        if watcher.options.fragment && response.events.len() > 1 && response.encoded_len() >= self.config.fragment_bytes
+        {
+            for fragment in fanout::fragments(response, self.config.fragment_bytes) {
+                self.push(id, fragment, out);
+            }
+        } else {
             self.push(id, response, out);
         }
     }
 
     fn push(&mut self, id: StreamId, response: WatchResponse, out: &mut Vec<Outgoing>) {
         let bytes = response.encoded_len();
-        self.stream_mut(id).queued_bytes += bytes;
-        self.update_ready(id);
+        let stream = self.stream_mut(id);
+        stream.queued_bytes += bytes;
+        if !stream.behind.is_empty() {
+            self.update_ready(id);
+        }
         out.push(Outgoing { stream: id, response, bytes });
     }
 

@@ -2,14 +2,18 @@
 //!
 //! Single keys are in a hash map. Ranges are in a treap ordered by (start, end), each node of which knows how far the
 //! ranges below it reach: finding the k ranges around a key among n takes about k · log n steps, adding and removing
-//! log n. Equal ranges share one node, and equal keys one entry.
+//! log n. Equal ranges share one node, and equal keys one entry. The map is only asked, never walked, so its random
+//! order shows nowhere.
 
 use std::{
     collections::{BTreeSet, HashMap},
     sync::Arc,
 };
 
-use super::watcher::{SharedRange, Slot};
+use super::{
+    slab::{Slab, Slot},
+    watcher::SharedRange,
+};
 
 #[derive(Debug, Default)]
 pub(super) struct KeyIndex {
@@ -100,7 +104,7 @@ impl Slots {
 }
 
 /// No node.
-const NONE: u32 = u32::MAX;
+const NONE: Slot = Slot::MAX;
 
 #[derive(Debug)]
 struct Node {
@@ -109,40 +113,31 @@ struct Node {
     max_end: Arc<[u8]>,
     /// Heap order: no child's is higher. Spread evenly, they keep the tree about 2 · log n deep.
     priority: u64,
-    left: u32,
-    right: u32,
+    left: Slot,
+    right: Slot,
     slots: Slots,
 }
 
 #[derive(Debug)]
 struct RangeTree {
-    nodes: Vec<Option<Node>>,
-    free: Vec<u32>,
-    root: u32,
+    nodes: Slab<Node>,
+    root: Slot,
     /// Counts insertions; priorities are derived from it.
     insertions: u64,
 }
 
 impl Default for RangeTree {
     fn default() -> Self {
-        Self { nodes: Vec::new(), free: Vec::new(), root: NONE, insertions: 0 }
+        Self { nodes: Slab::default(), root: NONE, insertions: 0 }
     }
 }
 
 impl RangeTree {
-    fn node(&self, at: u32) -> &Node {
-        self.nodes[at as usize].as_ref().expect("tree links lead to nodes")
-    }
-
-    fn node_mut(&mut self, at: u32) -> &mut Node {
-        self.nodes[at as usize].as_mut().expect("tree links lead to nodes")
-    }
-
-    fn visit(&self, at: u32, key: &[u8], found: &mut impl FnMut(Slot)) {
+    fn visit(&self, at: Slot, key: &[u8], found: &mut impl FnMut(Slot)) {
         if at == NONE {
             return;
         }
-        let node = self.node(at);
+        let node = &self.nodes[at];
         if !ends_after(&node.max_end, key) {
             return;
         }
@@ -155,10 +150,10 @@ impl RangeTree {
         }
     }
 
-    fn find(&self, range: &SharedRange) -> u32 {
+    fn find(&self, range: &SharedRange) -> Slot {
         let mut at = self.root;
         while at != NONE {
-            let node = self.node(at);
+            let node = &self.nodes[at];
             at = match range.cmp(&node.range) {
                 std::cmp::Ordering::Less => node.left,
                 std::cmp::Ordering::Greater => node.right,
@@ -171,7 +166,7 @@ impl RangeTree {
     fn insert(&mut self, range: SharedRange, slot: Slot) -> SharedRange {
         let found = self.find(&range);
         if found != NONE {
-            let node = self.node_mut(found);
+            let node = &mut self.nodes[found];
             node.slots.insert(slot);
             return node.range.clone();
         }
@@ -184,16 +179,7 @@ impl RangeTree {
             slots: Slots::One(slot),
             range: range.clone(),
         };
-        let at = match self.free.pop() {
-            Some(at) => {
-                self.nodes[at as usize] = Some(node);
-                at
-            }
-            None => {
-                self.nodes.push(Some(node));
-                (self.nodes.len() - 1) as u32
-            }
-        };
+        let at = self.nodes.insert(node);
         let (less, greater) = self.split(self.root, &range);
         let left = self.merge(less, at);
         self.root = self.merge(left, greater);
@@ -203,72 +189,71 @@ impl RangeTree {
     fn remove(&mut self, range: &SharedRange, slot: Slot) {
         let at = self.find(range);
         assert_ne!(at, NONE, "an indexed watcher's range is in the tree");
-        if self.node_mut(at).slots.remove(slot) {
+        if self.nodes[at].slots.remove(slot) {
             self.root = self.unlink(self.root, range);
-            self.nodes[at as usize] = None;
-            self.free.push(at);
+            self.nodes.remove(at);
         }
     }
 
     /// Takes the node of `range` out of the sub-tree at `at`; returns what is left.
-    fn unlink(&mut self, at: u32, range: &SharedRange) -> u32 {
-        let (left, right) = (self.node(at).left, self.node(at).right);
-        match range.cmp(&self.node(at).range) {
+    fn unlink(&mut self, at: Slot, range: &SharedRange) -> Slot {
+        let (left, right) = (self.nodes[at].left, self.nodes[at].right);
+        match range.cmp(&self.nodes[at].range) {
             std::cmp::Ordering::Equal => return self.merge(left, right),
-            std::cmp::Ordering::Less => self.node_mut(at).left = self.unlink(left, range),
-            std::cmp::Ordering::Greater => self.node_mut(at).right = self.unlink(right, range),
+            std::cmp::Ordering::Less => self.nodes[at].left = self.unlink(left, range),
+            std::cmp::Ordering::Greater => self.nodes[at].right = self.unlink(right, range),
         }
         self.update(at);
         at
     }
 
     /// Parts a sub-tree into the ranges below and above `range`.
-    fn split(&mut self, at: u32, range: &SharedRange) -> (u32, u32) {
+    fn split(&mut self, at: Slot, range: &SharedRange) -> (Slot, Slot) {
         if at == NONE {
             return (NONE, NONE);
         }
-        if self.node(at).range < *range {
-            let (less, greater) = self.split(self.node(at).right, range);
-            self.node_mut(at).right = less;
+        if self.nodes[at].range < *range {
+            let (less, greater) = self.split(self.nodes[at].right, range);
+            self.nodes[at].right = less;
             self.update(at);
             (at, greater)
         } else {
-            let (less, greater) = self.split(self.node(at).left, range);
-            self.node_mut(at).left = greater;
+            let (less, greater) = self.split(self.nodes[at].left, range);
+            self.nodes[at].left = greater;
             self.update(at);
             (less, at)
         }
     }
 
     /// Joins two sub-trees, all ranges of `a` being below those of `b`.
-    fn merge(&mut self, a: u32, b: u32) -> u32 {
+    fn merge(&mut self, a: Slot, b: Slot) -> Slot {
         if a == NONE || b == NONE {
             return if a == NONE { b } else { a };
         }
-        if self.node(a).priority >= self.node(b).priority {
-            let right = self.merge(self.node(a).right, b);
-            self.node_mut(a).right = right;
+        if self.nodes[a].priority >= self.nodes[b].priority {
+            let right = self.merge(self.nodes[a].right, b);
+            self.nodes[a].right = right;
             self.update(a);
             a
         } else {
-            let left = self.merge(a, self.node(b).left);
-            self.node_mut(b).left = left;
+            let left = self.merge(a, self.nodes[b].left);
+            self.nodes[b].left = left;
             self.update(b);
             b
         }
     }
 
     /// Derives `max_end` from the node and its children.
-    fn update(&mut self, at: u32) {
-        let node = self.node(at);
+    fn update(&mut self, at: Slot) {
+        let node = &self.nodes[at];
         let mut max_end = &node.range.end;
         for child in [node.left, node.right] {
-            if child != NONE && reaches_farther(&self.node(child).max_end, max_end) {
-                max_end = &self.node(child).max_end;
+            if child != NONE && reaches_farther(&self.nodes[child].max_end, max_end) {
+                max_end = &self.nodes[child].max_end;
             }
         }
         let max_end = max_end.clone();
-        self.node_mut(at).max_end = max_end;
+        self.nodes[at].max_end = max_end;
     }
 }
 
@@ -342,8 +327,8 @@ mod tests {
             let key = format!("k{n:05}");
             tree.insert(SharedRange::new(KeyRange::new(key.as_bytes(), &[0xff])), n);
         }
-        fn depth(tree: &RangeTree, at: u32) -> usize {
-            if at == NONE { 0 } else { 1 + depth(tree, tree.node(at).left).max(depth(tree, tree.node(at).right)) }
+        fn depth(tree: &RangeTree, at: Slot) -> usize {
+            if at == NONE { 0 } else { 1 + depth(tree, tree.nodes[at].left).max(depth(tree, tree.nodes[at].right)) }
         }
         assert!(depth(&tree, tree.root) < 60, "{}", depth(&tree, tree.root));
     }

@@ -33,7 +33,8 @@
 //! # Bounds
 //!
 //! Queued bytes of one stream: the budget, plus one response that did not fit (history reads are cut at
-//! [`HubConfig::catch_up_bytes`], but a revision is never cut), plus one small answer per request read.
+//! [`HubConfig::catch_up_bytes`], but a revision is never cut), plus small answers: one per request read, and one
+//! progress report per watcher and tick.
 
 mod fanout;
 mod history;
@@ -41,6 +42,7 @@ mod hub;
 mod key_index;
 mod port;
 mod shell;
+mod slab;
 mod stream;
 mod watcher;
 

@@ -125,8 +125,14 @@ impl Model {
 
     /// The message to hubs about everything above `from`.
     pub fn published(&self, from: i64) -> Published {
-        let changes = self.log.range(Revision::new(from + 1, 0)..).map(|(rev, row)| self.change(*rev, row)).collect();
-        Published { view: Arc::new(self.view.clone()), changes, raft_term: 5 }
+        self.published_to(from, self.view.revision)
+    }
+
+    /// A message about a view before the newest one.
+    pub fn published_to(&self, from: i64, to: i64) -> Published {
+        let rows = self.log.range(Revision::new(from + 1, 0)..Revision::new(to + 1, 0));
+        let changes = rows.map(|(rev, row)| self.change(*rev, row)).collect();
+        Published { view: Arc::new(View { revision: to, ..self.view.clone() }), changes, raft_term: 5 }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::watcher::Slot;
+use super::slab::Slot;
 
 /// Names a stream within its hub; never used again after the stream is closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -690,6 +690,28 @@ fn manual_progress_is_not_below_the_revision_current_when_asked() {
     assert_eq!(header_revision(&sent[1]), 2);
 }
 
+// W-41, W-45: a catch-up may run ahead of the messages; progress then waits for them.
+#[test]
+fn progress_does_not_go_back_behind_events() {
+    let mut bench = Bench::with(HubConfig { progress_interval_ms: 100, ..config() });
+    bench.put("a", "2");
+    let id = bench.create("a", WatchCreateRequest { progress_notify: true, ..from(2) });
+    bench.model.put("a", "3");
+    assert_eq!(bench.sent()[0].events.len(), 2);
+    for tick in 1..4 {
+        bench.hub.on_tick(tick * SECOND, &mut bench.out);
+    }
+    bench.send(progress());
+    bench.model.put("b", "4");
+    assert_eq!(bench.sent(), []);
+    bench.publish();
+    bench.hub.on_tick(4 * SECOND, &mut bench.out);
+    let sent = bench.sent();
+    assert_eq!(sent.iter().map(|r| (r.watch_id, header_revision(r))).collect::<Vec<_>>(), [(-1, 4), (id, 4)]);
+    bench.put("a", "5");
+    assert_eq!(bench.sent().len(), 1);
+}
+
 // W-43
 #[test]
 fn progress_without_watchers_has_no_answer() {

@@ -1,15 +1,12 @@
-//! One watcher, and the table of all watchers of a hub.
+//! One watcher.
 
-use std::{ops::Index, ops::IndexMut, sync::Arc};
+use std::sync::Arc;
 
 use super::stream::StreamId;
 use crate::{
     mvcc::{KeyRange, change::Change},
     pb::etcdserverpb::{WatchCreateRequest, watch_create_request::FilterType},
 };
-
-/// Position in [`Watchers`]; used again after the watcher is gone.
-pub(super) type Slot = u32;
 
 /// The keys that a create request asks to watch: an empty key stands for the first possible key. The permission check
 /// must look at this range, not at the raw fields.
@@ -93,55 +90,5 @@ impl Watcher {
     /// True if the watcher gets `change` when it is published.
     pub fn takes_live(&self, change: &Change) -> bool {
         matches!(self.state, State::Live | State::Waiting) && self.next <= change.revision.main && self.passes(change)
-    }
-}
-
-/// All watchers of a hub, by slot.
-#[derive(Debug, Default)]
-pub(super) struct Watchers {
-    slots: Vec<Option<Watcher>>,
-    free: Vec<Slot>,
-}
-
-impl Watchers {
-    pub fn insert(&mut self, watcher: Watcher) -> Slot {
-        if let Some(slot) = self.free.pop() {
-            self.slots[slot as usize] = Some(watcher);
-            return slot;
-        }
-        let slot = Slot::try_from(self.slots.len()).expect("memory ends before 2^32 watchers");
-        self.slots.push(Some(watcher));
-        slot
-    }
-
-    pub fn remove(&mut self, slot: Slot) -> Watcher {
-        self.free.push(slot);
-        self.slots[slot as usize].take().expect("a slot in use holds a watcher")
-    }
-
-    pub fn slots(&self) -> impl Iterator<Item = Slot> + use<> {
-        0..self.slots.len() as Slot
-    }
-
-    pub fn get(&self, slot: Slot) -> Option<&Watcher> {
-        self.slots[slot as usize].as_ref()
-    }
-
-    pub fn len(&self) -> usize {
-        self.slots.len() - self.free.len()
-    }
-}
-
-impl Index<Slot> for Watchers {
-    type Output = Watcher;
-
-    fn index(&self, slot: Slot) -> &Watcher {
-        self.slots[slot as usize].as_ref().expect("a slot in use holds a watcher")
-    }
-}
-
-impl IndexMut<Slot> for Watchers {
-    fn index_mut(&mut self, slot: Slot) -> &mut Watcher {
-        self.slots[slot as usize].as_mut().expect("a slot in use holds a watcher")
     }
 }
