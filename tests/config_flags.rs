@@ -226,3 +226,40 @@ fn settings_that_do_not_act_yet_are_named_in_one_line() {
     let (_, notices) = run(&args[3..], &[], "").expect("loads");
     assert!(notices.iter().all(|notice| notice.message != "settings that do not act yet"));
 }
+
+/// Block and name of the one field that differs from the default, as `Debug` shows it.
+fn changed_field(config: &Config) -> (String, String) {
+    let (old, new) = (format!("{:#?}", Config::default()), format!("{config:#?}"));
+    let lines: Vec<&str> = new.lines().collect();
+    let at = old.lines().zip(&lines).position(|(old, new)| old != *new).expect("a difference");
+    let indent = |line: &str| line.len() - line.trim_start().len();
+    let name = |line: &str| line.trim_start().split(':').next().unwrap_or_default().to_owned();
+    let top = lines[..=at].iter().rfind(|line| indent(line) == 4).expect("a field");
+    // Inside a list or a wrapped value, the field is the line above that names one.
+    let is_field = |line: &&&str| line.contains(": ") && line.trim_start().starts_with(|c: char| c.is_lowercase());
+    let inner = lines[..=at].iter().filter(|line| indent(line) <= 8).rfind(is_field).expect("a field");
+    (name(top), name(inner))
+}
+
+#[test]
+fn every_flag_goes_to_the_field_of_its_name() {
+    let mut seen: BTreeMap<String, &str> = BTreeMap::new();
+    for flag in flags::all() {
+        let mut config = Config::default();
+        let value = if matches!(flag.name, "logger" | "version") { "true".to_owned() } else { other_value(flag).0 };
+        let value = if flag.name == "discovery-fallback" { "proxy".to_owned() } else { value };
+        flag.kind.set(&mut config, &value).unwrap_or_else(|e| panic!("{}: {e}", flag.name));
+        if matches!(flag.kind, Kind::Ignored | Kind::Gates) {
+            continue;
+        }
+        let (top, inner) = changed_field(&config);
+        if let Some(other) = seen.insert(format!("{top}.{inner}"), flag.name) {
+            panic!("{} and {other} set the same field", flag.name);
+        }
+        let name = flag.name.replace('-', "_");
+        let field = ["_ms", "_secs", "_years"].iter().fold(inner.as_str(), |field, unit| field.trim_end_matches(unit));
+        let exception = flag.name == "enable-distributed-tracing" && inner == "enabled";
+        assert!(exception || name.ends_with(field) || field.ends_with(&name), "{} sets {top}.{inner}", flag.name);
+        assert_eq!(flag.name.starts_with("peer-"), top == "peer_tls", "{} sets {top}.{inner}", flag.name);
+    }
+}
