@@ -68,7 +68,7 @@ pub struct Generator {
     gone_leases: Vec<i64>,
     armed: Vec<AlarmRequest>,
     calm_in: u32,
-    /// The reference is an etcd 3.4: nothing is asked that ends its process (`known::NOT_ASKED_OF_OLD`).
+    /// The reference is an etcd 3.4: nothing is asked that it cannot take (`known::NOT_ASKED_OF_OLD`).
     spare_old: bool,
 }
 
@@ -480,10 +480,12 @@ impl Generator {
     }
 
     fn alarm(&mut self) -> AlarmRequest {
+        let action = self.one_of(&[0, 1, 1, 1, 2]);
+        let none = i32::from(self.spare_old && action == 1);
         AlarmRequest {
-            action: self.one_of(&[0, 1, 1, 1, 2]),
+            action,
             member_id: self.one_of(&[0, OWN_MEMBER, OWN_MEMBER, 77]),
-            alarm: self.one_of(&[0, 1, 1, 2, 2]),
+            alarm: self.one_of(&[none, 1, 1, 2, 2]),
         }
     }
 
@@ -504,6 +506,7 @@ impl Generator {
             18 => self.one_of(&[-1, i64::MIN]),
             _ => 1,
         };
+        let start_revision = if self.spare_old { start_revision.max(0) } else { start_revision };
         let filters = match self.rng.random_range(0..10) {
             0 => vec![0],
             1 => vec![1],

@@ -28,11 +28,18 @@ pub struct Known {
     pub align: fn(&Request, &mut Reply, &mut Reply),
 }
 
-/// Not sent to an etcd 3.4, as it would end its process: statement and reason.
-pub const NOT_ASKED_OF_OLD: &[(&str, &str)] = &[("KV-23", "3.4 checks no sort option and fails on unknown ones")];
+/// Not sent to an etcd 3.4, as the two would be in different states after it: statement and reason.
+pub const NOT_ASKED_OF_OLD: &[(&str, &str)] = &[
+    ("KV-23", "3.4 checks no sort option; an unknown one ends its process"),
+    ("W-7", "3.4 starts a watcher from a negative revision as from now"),
+    ("M-7", "3.4 stores an alarm of type NONE; for member 0 that ends its process"),
+];
 
 /// What cannot occur with an etcd 3.4 as the reference.
-pub const NEVER_WITH_OLD: &[&str] = &["error/etcdserver: invalid sort option"];
+pub const NEVER_WITH_OLD: &[&str] = &[
+    "error/etcdserver: invalid sort option",
+    "watch refused/etcdserver: mvcc: required revision has been compacted",
+];
 
 pub const KNOWN: &[Known] = &[
     Known {
@@ -64,6 +71,16 @@ pub const KNOWN: &[Known] = &[
         },
     },
     Known {
+        statement: "G-5",
+        reason: "alarm answers of 3.4 have no header",
+        when: When::Old,
+        align: |_, reference, subject| {
+            if let (Ok(Answer::Alarm(a)), Ok(Answer::Alarm(b))) = (reference, subject) {
+                a.header = b.header;
+            }
+        },
+    },
+    Known {
         statement: "M-27, M-29",
         reason: "3.4 has no hash_revision, and its hash takes in tombstones at the compact revision",
         when: When::Old,
@@ -73,6 +90,26 @@ pub const KNOWN: &[Known] = &[
                 if b.compact_revision > 0 || b.compact_revision != a.compact_revision {
                     (a.hash, a.compact_revision) = (b.hash, b.compact_revision);
                 }
+            }
+        },
+    },
+    Known {
+        statement: "M-26",
+        reason: "3.4 refuses to hash at the compact revision itself",
+        when: When::Old,
+        align: |request, reference, subject| {
+            if matches!(request, Request::HashKv(_)) && code(reference) == Some(Code::OutOfRange) && subject.is_ok() {
+                *reference = subject.clone();
+            }
+        },
+    },
+    Known {
+        statement: "KV-58",
+        reason: "of several failing operations 3.4 reports puts before ranges, 3.7 the first",
+        when: When::Old,
+        align: |request, reference, subject| {
+            if matches!(request, Request::Txn(_)) && failed_check(reference) && failed_check(subject) {
+                *reference = subject.clone();
             }
         },
     },
@@ -90,6 +127,17 @@ pub const KNOWN: &[Known] = &[
         },
     },
 ];
+
+/// Whether this is what the check before a transaction's first operation answers.
+fn failed_check(reply: &Reply) -> bool {
+    const TEXTS: [&str; 4] = [
+        "etcdserver: requested lease not found",
+        "etcdserver: key not found",
+        "etcdserver: mvcc: required revision is a future revision",
+        "etcdserver: mvcc: required revision has been compacted",
+    ];
+    reply.as_ref().err().is_some_and(|error| TEXTS.contains(&error.message.as_str()))
+}
 
 fn code(reply: &Reply) -> Option<Code> {
     reply.as_ref().err().map(|error| error.code)

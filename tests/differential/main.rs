@@ -26,7 +26,7 @@ use answer::{Answer, Failure, Identity, Reply};
 use common::{Client, Server};
 use generate::{Generator, MAX_REQUEST_BYTES, OWN_MEMBER, Request, Step};
 use histogram::Histogram;
-use known::{KNOWN, NEVER_WITH_OLD, When};
+use known::{KNOWN, NEVER_WITH_OLD, NOT_ASKED_OF_OLD, When};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Status, Streaming};
@@ -67,6 +67,9 @@ fn random_requests_get_the_answers_of_etcd() {
         seed += 1;
     }
     println!("{}", histogram.render());
+    if old_reference {
+        NOT_ASKED_OF_OLD.iter().for_each(|(statement, reason)| println!("not asked, {statement}: {reason}"));
+    }
     println!("{total} requests, seeds {first_seed}..{seed}, {:.1} s", begun.elapsed().as_secs_f64());
     let missing = if old_reference { NEVER_WITH_OLD } else { &[] };
     histogram.check(if total >= FULL_SIZE { OCCURRENCES } else { 1 }, missing);
