@@ -154,7 +154,9 @@ impl Identity {
         for group in records.chunk_by_mut(|a, b| sort_key(a) == sort_key(b)) {
             group.sort_by(|a, b| a.key.cmp(&b.key));
         }
-        if answer.more && let Some(last) = records.last().map(&sort_key) {
+        if answer.more
+            && let Some(last) = records.last().map(&sort_key)
+        {
             for record in records.iter_mut().filter(|record| sort_key(record) == last) {
                 let (version, create_revision, mod_revision, value) = match asked.sort_target {
                     1 => (record.version, 0, 0, Bytes::new()),

@@ -4,9 +4,9 @@
 use std::collections::VecDeque;
 
 use actd::pb::etcdserverpb::{
-    AlarmRequest, CompactionRequest, Compare, DeleteRangeRequest, HashKvRequest, LeaseGrantRequest,
-    LeaseRevokeRequest, LeaseTimeToLiveRequest, PutRequest, RangeRequest, RequestOp, TxnRequest, WatchCreateRequest,
-    compare::TargetUnion, request_op,
+    AlarmRequest, CompactionRequest, Compare, DeleteRangeRequest, HashKvRequest, LeaseGrantRequest, LeaseRevokeRequest,
+    LeaseTimeToLiveRequest, PutRequest, RangeRequest, RequestOp, TxnRequest, WatchCreateRequest, compare::TargetUnion,
+    request_op,
 };
 use bytes::Bytes;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
@@ -52,7 +52,9 @@ pub enum Step {
     /// An empty request, which a server ignores (W-11).
     WatchNothing(usize),
     /// Waits until both servers have delivered everything, and compares. With a progress request (W-42).
-    Sync { progress: bool },
+    Sync {
+        progress: bool,
+    },
     /// Ends stream `.0` and opens another.
     WatchReopen(usize),
 }

@@ -36,10 +36,8 @@ pub const NOT_ASKED_OF_OLD: &[(&str, &str)] = &[
 ];
 
 /// What cannot occur with an etcd 3.4 as the reference.
-pub const NEVER_WITH_OLD: &[&str] = &[
-    "error/etcdserver: invalid sort option",
-    "watch refused/etcdserver: mvcc: required revision has been compacted",
-];
+pub const NEVER_WITH_OLD: &[&str] =
+    &["error/etcdserver: invalid sort option", "watch refused/etcdserver: mvcc: required revision has been compacted"];
 
 pub const KNOWN: &[Known] = &[
     Known {
@@ -118,7 +116,8 @@ pub const KNOWN: &[Known] = &[
         reason: "for a revision that was compacted to, etcd may answer with the hash it kept then (and for 0 after Compact(0))",
         when: When::Always,
         align: |request, reference, subject| {
-            if let (Request::HashKv(asked), Ok(Answer::HashKv(a)), Ok(Answer::HashKv(b))) = (request, reference, subject)
+            if let (Request::HashKv(asked), Ok(Answer::HashKv(a)), Ok(Answer::HashKv(b))) =
+                (request, reference, subject)
                 && a.compact_revision < b.compact_revision
                 && (asked.revision == b.compact_revision || asked.revision == 0 && a.hash_revision == 0)
             {

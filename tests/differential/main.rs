@@ -16,7 +16,12 @@ mod histogram;
 mod known;
 mod watching;
 
-use std::{collections::HashMap, env, path::Path, time::{Duration, Instant}};
+use std::{
+    collections::HashMap,
+    env,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use actd::pb::etcdserverpb::{
     LeaseGrantRequest, LeaseKeepAliveRequest, LeaseKeepAliveResponse, LeaseLeasesRequest, PutRequest, RangeResponse,

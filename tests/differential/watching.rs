@@ -281,8 +281,7 @@ impl WatchPair {
     }
 
     fn compare(&mut self, number: usize, expected: &[EventRecord]) -> usize {
-        let [reference, subject] =
-            self.sides.each_mut().map(|side| std::mem::take(&mut side.received[number].events));
+        let [reference, subject] = self.sides.each_mut().map(|side| std::mem::take(&mut side.received[number].events));
         let watcher = &self.watchers[number];
         for (got, who) in [(&reference, "reference"), (&subject, "subject")] {
             let plain: Vec<_> = got.iter().map(|e| EventRecord { prev_kv: None, ..e.clone() }).collect();
@@ -393,7 +392,8 @@ impl Observer {
     /// Waits until both servers have delivered every change up to `revision`, and compares all of them.
     pub async fn sync(&mut self, identities: &[Identity; 2], revision: i64) -> u64 {
         let reached = |side: &Side| {
-            side.received[0].events.last().is_some_and(|e| event_revision(e) >= revision) && !side.received[0].in_fragment
+            side.received[0].events.last().is_some_and(|e| event_revision(e) >= revision)
+                && !side.received[0].in_fragment
         };
         if self.history.last().map_or(1, event_revision) >= revision {
             return 0;
@@ -402,8 +402,7 @@ impl Observer {
         for (side, identity) in self.pair.sides.iter_mut().zip(identities) {
             side.until(identity, &what, reached).await;
         }
-        let [reference, subject] =
-            self.pair.sides.each_mut().map(|side| std::mem::take(&mut side.received[0].events));
+        let [reference, subject] = self.pair.sides.each_mut().map(|side| std::mem::take(&mut side.received[0].events));
         for (i, (a, b)) in reference.iter().zip(&subject).enumerate() {
             assert_eq!(a, b, "W-26: event {i} since the last sync");
         }
