@@ -26,7 +26,7 @@ use tonic::transport::{Channel, Endpoint};
 const READY_WITHIN: Duration = Duration::from_secs(30);
 const STOPPED_WITHIN: Duration = Duration::from_secs(20);
 const POLL: Duration = Duration::from_millis(10);
-const STDERR_TAIL_LINES: usize = 25;
+const STDERR_TAIL_LINES: usize = 60;
 
 /// The server a test is about: `ACTD_UNDER_TEST`, for example a real etcd, or the `actd` cargo built.
 pub fn server_under_test(built: &str) -> PathBuf {

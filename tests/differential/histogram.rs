@@ -9,8 +9,6 @@ use crate::{
     generate::Request,
 };
 
-/// How often each of these must occur in a run of full size.
-const OCCURRENCES: u64 = 100;
 const EFFECTIVE_WRITES_PERCENT: u64 = 30;
 
 /// What every run must contain. Names of errors are their texts.
@@ -238,11 +236,10 @@ impl Histogram {
         text
     }
 
-    /// Fails where a run of `total` requests leaves something out. Smaller runs need each thing in proportion, but once.
-    pub fn check(&self, total: u64, full_size: u64) {
-        let needed = if total >= full_size { OCCURRENCES } else { 1 };
-        let rare: Vec<_> =
-            REQUIRED.iter().filter(|name| self.counts.get(**name).is_none_or(|count| *count < needed)).collect();
+    /// Fails where something required, except what is listed as `impossible`, occurred fewer than `needed` times.
+    pub fn check(&self, needed: u64, impossible: &[&str]) {
+        let seldom = |name: &&&str| self.counts.get(**name).is_none_or(|count| *count < needed);
+        let rare: Vec<_> = REQUIRED.iter().filter(|name| !impossible.contains(name)).filter(seldom).collect();
         assert!(rare.is_empty(), "fewer than {needed} of: {rare:#?}");
         assert!(
             100 * self.effective >= EFFECTIVE_WRITES_PERCENT * self.mutating,

@@ -3,7 +3,7 @@
 //! An entry takes exactly its difference out of a pair of answers; what remains is compared as usual. Whoever removes an
 //! entry sees the requests it is for.
 
-use actd::pb::etcdserverpb::{RangeRequest, RangeResponse};
+use actd::pb::etcdserverpb::{RangeRequest, RangeResponse, TxnRequest, TxnResponse, request_op, response_op};
 use tonic::Code;
 
 use crate::{
@@ -11,35 +11,161 @@ use crate::{
     generate::Request,
 };
 
+/// What the reference is when an entry applies.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub enum When {
-    /// The reference is an etcd of release 3.4 and the subject is not.
-    Reference34,
+    /// An etcd of release 3.4, and the subject is none.
+    Old,
+    /// Any etcd.
+    Always,
 }
 
 pub struct Known {
     pub statement: &'static str,
     pub reason: &'static str,
     pub when: When,
-    /// Makes the two equal where they differ in this; whether it had to.
-    pub align: fn(&Request, &mut Reply, &mut Reply) -> bool,
+    /// Makes the two equal where they differ in this.
+    pub align: fn(&Request, &mut Reply, &mut Reply),
 }
 
-pub const KNOWN: &[Known] = &[Known {
-    statement: "KV-29",
-    reason: "RangeStream is new in 3.7",
-    when: When::Reference34,
-    align: |request, reference, subject| {
-        let unknown = matches!(reference, Err(error) if error.code == Code::Unimplemented);
-        let differs = matches!(request, Request::RangeStream(_)) && unknown && reference != subject;
-        if differs {
-            *reference = subject.clone();
-        }
-        differs
-    },
-}];
+/// Not sent to an etcd 3.4, as the two would be in different states after it: statement and reason.
+pub const NOT_ASKED_OF_OLD: &[(&str, &str)] = &[
+    ("KV-23", "3.4 checks no sort option; an unknown one ends its process"),
+    ("W-7", "3.4 starts a watcher from a negative revision as from now"),
+    ("M-7", "3.4 stores an alarm of type NONE; for member 0 that ends its process"),
+];
 
-#[allow(dead_code)]
-fn on_ranges(_: &RangeRequest, _: &RangeResponse) -> Option<Answer> {
-    None
+/// What cannot occur with an etcd 3.4 as the reference.
+pub const NEVER_WITH_OLD: &[&str] =
+    &["error/etcdserver: invalid sort option", "watch refused/etcdserver: mvcc: required revision has been compacted"];
+
+pub const KNOWN: &[Known] = &[
+    Known {
+        statement: "KV-29",
+        reason: "RangeStream is new in 3.7",
+        when: When::Old,
+        align: |request, reference, subject| {
+            if matches!(request, Request::RangeStream(_)) && code(reference) == Some(Code::Unimplemented) {
+                *reference = subject.clone();
+            }
+        },
+    },
+    Known {
+        statement: "KV-25",
+        reason: "with keys_only, 3.7 leaves the lease out unless it sorts by value; giving it is allowed",
+        when: When::Always,
+        align: |request, reference, subject| {
+            for reply in [reference, subject] {
+                each_range(request, reply, &mut |range, answer| {
+                    if range.keys_only && range.sort_target != 4 {
+                        for raw in &mut answer.kvs {
+                            let mut record = raw.decode_record().expect("a record decodes");
+                            record.lease = 0;
+                            *raw = record.to_raw();
+                        }
+                    }
+                });
+            }
+        },
+    },
+    Known {
+        statement: "G-5",
+        reason: "alarm answers of 3.4 have no header",
+        when: When::Old,
+        align: |_, reference, subject| {
+            if let (Ok(Answer::Alarm(a)), Ok(Answer::Alarm(b))) = (reference, subject) {
+                a.header = b.header;
+            }
+        },
+    },
+    Known {
+        statement: "M-27, M-29",
+        reason: "3.4 has no hash_revision, and its hash takes in tombstones at the compact revision",
+        when: When::Old,
+        align: |_, reference, subject| {
+            if let (Ok(Answer::HashKv(a)), Ok(Answer::HashKv(b))) = (reference, subject) {
+                a.hash_revision = b.hash_revision;
+                if b.compact_revision > 0 || b.compact_revision != a.compact_revision {
+                    (a.hash, a.compact_revision) = (b.hash, b.compact_revision);
+                }
+            }
+        },
+    },
+    Known {
+        statement: "M-26",
+        reason: "3.4 refuses to hash at the compact revision itself",
+        when: When::Old,
+        align: |request, reference, subject| {
+            if matches!(request, Request::HashKv(_)) && code(reference) == Some(Code::OutOfRange) && subject.is_ok() {
+                *reference = subject.clone();
+            }
+        },
+    },
+    Known {
+        statement: "KV-58",
+        reason: "of several failing operations 3.4 reports puts before ranges, 3.7 the first",
+        when: When::Old,
+        align: |request, reference, subject| {
+            if matches!(request, Request::Txn(_)) && failed_check(reference) && failed_check(subject) {
+                *reference = subject.clone();
+            }
+        },
+    },
+    Known {
+        statement: "M-30",
+        reason: "for a revision that was compacted to, etcd may answer with the hash it kept then (and for 0 after Compact(0))",
+        when: When::Always,
+        align: |request, reference, subject| {
+            if let (Request::HashKv(asked), Ok(Answer::HashKv(a)), Ok(Answer::HashKv(b))) =
+                (request, reference, subject)
+                && a.compact_revision < b.compact_revision
+                && (asked.revision == b.compact_revision || asked.revision == 0 && a.hash_revision == 0)
+            {
+                (a.hash, a.compact_revision, a.hash_revision) = (b.hash, b.compact_revision, b.hash_revision);
+            }
+        },
+    },
+];
+
+/// Whether this is what the check before a transaction's first operation answers.
+fn failed_check(reply: &Reply) -> bool {
+    const TEXTS: [&str; 4] = [
+        "etcdserver: requested lease not found",
+        "etcdserver: key not found",
+        "etcdserver: mvcc: required revision is a future revision",
+        "etcdserver: mvcc: required revision has been compacted",
+    ];
+    reply.as_ref().err().is_some_and(|error| TEXTS.contains(&error.message.as_str()))
+}
+
+fn code(reply: &Reply) -> Option<Code> {
+    reply.as_ref().err().map(|error| error.code)
+}
+
+/// Visits the answers to all ranges of a request, those inside transactions too.
+fn each_range(request: &Request, reply: &mut Reply, visit: &mut impl FnMut(&RangeRequest, &mut RangeResponse)) {
+    match (request, reply) {
+        (Request::Range(range) | Request::RangeStream(range), Ok(Answer::Range(answer))) => visit(range, answer),
+        (Request::Txn(txn), Ok(Answer::Txn(answer))) => each_range_of_txn(txn, answer, visit),
+        _ => {}
+    }
+}
+
+fn each_range_of_txn(
+    txn: &TxnRequest,
+    answer: &mut TxnResponse,
+    visit: &mut impl FnMut(&RangeRequest, &mut RangeResponse),
+) {
+    let branch = if answer.succeeded { &txn.success } else { &txn.failure };
+    for (asked, got) in branch.iter().zip(&mut answer.responses) {
+        match (&asked.request, &mut got.response) {
+            (Some(request_op::Request::RequestRange(range)), Some(response_op::Response::ResponseRange(answer))) => {
+                visit(range, answer);
+            }
+            (Some(request_op::Request::RequestTxn(inner)), Some(response_op::Response::ResponseTxn(answer))) => {
+                each_range_of_txn(inner, answer, visit);
+            }
+            _ => {}
+        }
+    }
 }
