@@ -1,7 +1,4 @@
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::Mutex,
-};
+use std::collections::BTreeSet;
 
 use bytes::Bytes;
 use prost::Message;
@@ -18,51 +15,26 @@ use crate::{
         membershippb::{Attributes, ClusterMemberAttrSetRequest, ClusterVersionSetRequest, DowngradeInfoSetRequest},
         raftpb::{ConfChange, ConfChangeType, ConfState},
     },
-    storage::{self, Bucket, Storage, Visit, WriteBatch},
+    storage::{Bucket, Storage, WriteBatch, mem::MemStorage},
 };
 
-/// Rows in memory.
-#[derive(Default)]
-struct Rows(Mutex<BTreeMap<(Bucket, Bytes), Bytes>>);
+type Rows = MemStorage;
 
-impl Rows {
+trait Texts {
+    fn text(&self, bucket: Bucket, key: &str) -> Option<String>;
+    fn put(&self, bucket: Bucket, key: &'static str, value: &'static str);
+}
+
+impl Texts for MemStorage {
     fn text(&self, bucket: Bucket, key: &str) -> Option<String> {
         let value = self.get(bucket, key.as_bytes()).unwrap()?;
         Some(String::from_utf8(value.to_vec()).unwrap())
     }
 
     fn put(&self, bucket: Bucket, key: &'static str, value: &'static str) {
-        self.0.lock().unwrap().insert((bucket, Bytes::from_static(key.as_bytes())), value.into());
-    }
-}
-
-impl Storage for Rows {
-    fn get(&self, bucket: Bucket, key: &[u8]) -> Result<Option<Bytes>, storage::Error> {
-        Ok(self.0.lock().unwrap().get(&(bucket, Bytes::copy_from_slice(key))).cloned())
-    }
-
-    fn scan(&self, bucket: Bucket, _: &[u8], _: &[u8], visit: Visit<'_>) -> Result<(), storage::Error> {
-        let rows = self.0.lock().unwrap().clone();
-        rows.into_iter().filter(|((b, _), _)| *b == bucket).all(|((_, key), value)| visit(&key, value));
-        Ok(())
-    }
-
-    fn commit(&self, batch: WriteBatch) -> Result<(), storage::Error> {
-        for (bucket, key, value) in batch.writes {
-            match value {
-                Some(value) => self.0.lock().unwrap().insert((bucket, key), value),
-                None => self.0.lock().unwrap().remove(&(bucket, key)),
-            };
-        }
-        Ok(())
-    }
-
-    fn sync(&self) -> Result<(), storage::Error> {
-        Ok(())
-    }
-
-    fn disk_bytes(&self) -> u64 {
-        0
+        let mut batch = WriteBatch::default();
+        batch.put(bucket, key.as_bytes(), value.as_bytes());
+        self.commit(batch).unwrap();
     }
 }
 

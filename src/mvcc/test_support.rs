@@ -1,13 +1,11 @@
-//! What the tests of the store share: rows and leases in memory, and short ways to write requests.
+//! What the tests of the store share: leases in memory, and short ways to write requests.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
 };
 
-use arc_swap::ArcSwap;
 use bytes::Bytes;
-use imbl::OrdMap;
 
 use super::{
     change::Change,
@@ -19,55 +17,10 @@ use crate::{
         Compare, DeleteRangeRequest, PutRequest, RangeRequest, RequestOp, TxnRequest, compare::TargetUnion,
         request_op::Request,
     },
-    storage::{Bucket, Error, Storage, Visit, WriteBatch},
+    storage::{Storage, mem::MemStorage},
 };
 
-#[derive(Default)]
-pub struct Memory {
-    rows: ArcSwap<OrdMap<(Bucket, Bytes), Bytes>>,
-}
-
-impl Memory {
-    pub fn rows(&self, bucket: Bucket) -> Vec<(Bytes, Bytes)> {
-        let rows = self.rows.load();
-        rows.iter().filter(|((b, _), _)| *b == bucket).map(|((_, k), v)| (k.clone(), v.clone())).collect()
-    }
-}
-
-impl Storage for Memory {
-    fn get(&self, bucket: Bucket, key: &[u8]) -> Result<Option<Bytes>, Error> {
-        Ok(self.rows.load().get(&(bucket, Bytes::copy_from_slice(key))).cloned())
-    }
-
-    fn scan(&self, bucket: Bucket, from: &[u8], to: &[u8], visit: Visit<'_>) -> Result<(), Error> {
-        for (key, value) in self.rows(bucket) {
-            if key >= from && (to.is_empty() || key < to) && !visit(&key, value) {
-                break;
-            }
-        }
-        Ok(())
-    }
-
-    fn commit(&self, batch: WriteBatch) -> Result<(), Error> {
-        let mut rows = OrdMap::clone(&self.rows.load());
-        for (bucket, key, value) in batch.writes {
-            match value {
-                Some(value) => rows.insert((bucket, key), value),
-                None => rows.remove(&(bucket, key)),
-            };
-        }
-        self.rows.store(Arc::new(rows));
-        Ok(())
-    }
-
-    fn sync(&self) -> Result<(), Error> {
-        Ok(())
-    }
-
-    fn disk_bytes(&self) -> u64 {
-        0
-    }
-}
+pub type Memory = MemStorage;
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TestLeases {

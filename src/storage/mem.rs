@@ -33,6 +33,17 @@ impl MemStorage {
         Self::default()
     }
 
+    /// All rows of a bucket, ascending.
+    pub fn rows(&self, bucket: Bucket) -> Vec<(Bytes, Bytes)> {
+        let mut rows = Vec::new();
+        let all = self.scan(bucket, &[], &[], &mut |key, value| {
+            rows.push((Bytes::copy_from_slice(key), value));
+            true
+        });
+        all.expect("a scan of memory fails only after an injected failure");
+        rows
+    }
+
     /// Batches committed since the last sync: what a crash may lose.
     pub fn unsynced_batches(&self) -> usize {
         self.lock().unsynced.len()
