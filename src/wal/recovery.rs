@@ -296,8 +296,8 @@ fn decode_state(record: &Record) -> std::result::Result<raftpb::HardState, Strin
 
 fn decode_entry(record: &Record) -> std::result::Result<raftpb::Entry, String> {
     // The entry's data is a part of this copy, so it is copied once.
-    let entry = raftpb::Entry::decode(Bytes::copy_from_slice(record.data))
-        .map_err(|error| undecodable("entry", &error))?;
+    let entry =
+        raftpb::Entry::decode(Bytes::copy_from_slice(record.data)).map_err(|error| undecodable("entry", &error))?;
     let raw_type = entry.r#type.unwrap_or(0);
     if raftpb::EntryType::try_from(raw_type).is_err() || (raw_type != 0 && entry.data().is_empty()) {
         return Err(format!("an entry record holds something else (entry type {raw_type})"));

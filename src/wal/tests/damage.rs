@@ -18,11 +18,7 @@ struct Held {
 
 impl Held {
     fn of(recovered: &Recovered) -> Held {
-        Held {
-            entries: recovered.entries.clone(),
-            hard_state: recovered.hard_state,
-            start: recovered.snapshot.index(),
-        }
+        Held { entries: recovered.entries.clone(), hard_state: recovered.hard_state, start: recovered.snapshot.index() }
     }
 }
 

@@ -51,11 +51,8 @@ impl Forge {
     /// A record with any type and data.
     fn raw(&mut self, kind: i64, data: &[u8]) -> &mut Forge {
         self.encoder.crc = crc32c::crc32c_append(self.encoder.crc, data);
-        let record = walpb::Record {
-            r#type: Some(kind),
-            crc: Some(self.encoder.crc),
-            data: Some(Bytes::copy_from_slice(data)),
-        };
+        let record =
+            walpb::Record { r#type: Some(kind), crc: Some(self.encoder.crc), data: Some(Bytes::copy_from_slice(data)) };
         let bytes = record.encode_to_vec();
         let frame = Frame::of(bytes.len() as u64);
         self.encoder.buffer.extend_from_slice(&frame.word().to_le_bytes());
@@ -110,7 +107,8 @@ fn same_metadata_again_is_accepted() {
 
 #[test]
 fn log_without_metadata_refuses_to_start() {
-    let mut forge = Forge { segments: vec![(Name { sequence: 0, index: 0 }.to_string(), Vec::new())], encoder: Encoder::default() };
+    let mut forge =
+        Forge { segments: vec![(Name { sequence: 0, index: 0 }.to_string(), Vec::new())], encoder: Encoder::default() };
     forge.encoder.put_crc();
     assert!(forge.entries(1, 1..=2).refusal().contains("no metadata"));
 }
