@@ -248,8 +248,10 @@ impl Wal {
         last.file.set_size(log.end).map_err(Error::io("truncate", &path))?;
         reserve(last.file.as_mut(), size.max(options.segment_bytes), &path)?;
         if !options.unsafe_no_fsync {
-            // Records that were written but not synced before a kill were just read, and count as durable from now on.
+            // Records and names that were written but not synced before a kill were just read, and count as durable
+            // from now on.
             last.file.sync().map_err(Error::io("sync", &path))?;
+            disk.sync_dir(&dir).map_err(Error::io("sync", &dir))?;
         }
         for left_over in ["0.tmp", "1.tmp"] {
             let path = dir.join(left_over);

@@ -41,6 +41,7 @@ struct State {
     /// Bytes that may still be added to files.
     room: Option<u64>,
     sync_count: u64,
+    write_count: u64,
 }
 
 enum Node {
@@ -143,6 +144,7 @@ impl Default for SimDisk {
             faults: Vec::new(),
             room: None,
             sync_count: 0,
+            write_count: 0,
         })))
     }
 }
@@ -196,6 +198,10 @@ impl SimDisk {
 
     pub fn sync_count(&self) -> u64 {
         self.state().sync_count
+    }
+
+    pub fn write_count(&self) -> u64 {
+        self.state().write_count
     }
 
     /// The content of a file, as a program would see it.
@@ -418,6 +424,7 @@ impl File for SimFile {
     }
 
     fn write_at(&mut self, offset: u64, bytes: &[u8]) -> io::Result<Duration> {
+        self.disk.state().write_count += 1;
         let mut count = bytes.len();
         let mut result = Ok(Duration::ZERO);
         let missing = self.take_room(offset + count as u64)? as usize;
