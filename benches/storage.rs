@@ -57,17 +57,22 @@ fn commits(store: &FjallStorage, rows: u64, batch_rows: u64) {
     let batches: u64 = rows / batch_rows;
     let mut slowest = Duration::ZERO;
     let mut inside = Duration::ZERO;
-    let (mut building, before, start) = (Duration::ZERO, cpu(), Instant::now());
-    let mut synced = Instant::now();
-    for n in 0..batches {
-        let built = Instant::now();
+    let batch = |n: u64| {
         let mut batch = WriteBatch::default();
         for revision in n * batch_rows..(n + 1) * batch_rows {
             batch.put(Bucket::Key, row_key(revision), value(revision));
         }
         batch.put(Bucket::Meta, &b"consistent_index"[..], n.to_be_bytes().to_vec());
+        batch
+    };
+    let before = cpu();
+    (0..batches).for_each(|n| drop(std::hint::black_box(batch(n))));
+    let building = cpu() - before;
+    let (before, start) = (cpu(), Instant::now());
+    let mut synced = start;
+    for n in 0..batches {
+        let batch = batch(n);
         let committed = Instant::now();
-        building += committed - built;
         store.commit(batch).expect("a commit");
         let took = committed.elapsed();
         slowest = slowest.max(took);
@@ -77,7 +82,8 @@ fn commits(store: &FjallStorage, rows: u64, batch_rows: u64) {
             synced = Instant::now();
         }
     }
-    let (wall, cpu) = (start.elapsed(), cpu() - before - building);
+    let wall = start.elapsed();
+    let cpu = (cpu() - before).saturating_sub(building);
     let micros = |time: Duration, count: u64| time.as_secs_f64() * 1e6 / count as f64;
     println!(
         "commit {batch_rows:2} rows: {:6.1} µs a batch, slowest {:.1} ms, blocked {:.0} ms; CPU {:.2} µs a row, {:.0} k rows/s, disk {} MiB",
@@ -99,18 +105,19 @@ fn last_sync(store: &FjallStorage) {
 fn reads(store: &FjallStorage, rows: u64) {
     const READS: u64 = 100_000;
     let pick = |n: u64, among: u64| (n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 20) % among;
-    let per_read = |start: Instant| start.elapsed().as_secs_f64() * 1e9 / READS as f64;
+    // CPU, which a busy machine does not blur.
+    let per_read = |start: Duration| (cpu() - start).as_secs_f64() * 1e9 / READS as f64;
     let recent = |n| row_key(rows - 1 - pick(n, 10_000.min(rows)));
-    let start = Instant::now();
+    let start = cpu();
     for n in 0..READS {
         assert!(store.get(Bucket::Key, &recent(n)).expect("a read").is_some());
     }
-    println!("get, in the value cache: {:.0} ns", per_read(start));
-    let start = Instant::now();
+    println!("get, in the value cache: {:.0} ns of CPU", per_read(start));
+    let start = cpu();
     for n in 0..READS {
         assert!(store.get(Bucket::Key, &row_key(pick(n, rows / 2))).expect("a read").is_some());
     }
-    println!("get, mostly not in the value cache: {:.0} ns", per_read(start));
+    println!("get, mostly not in the value cache: {:.0} ns of CPU", per_read(start));
     let start = Instant::now();
     let mut bytes = 0;
     let mut visit = |key: &[u8], value: Bytes| {
