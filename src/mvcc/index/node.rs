@@ -16,11 +16,11 @@ use crate::mvcc::{
 };
 
 /// Keys in a leaf. A put copies half of this on average when the leaf is shared, about 3 KiB.
-pub(super) const LEAF_KEYS: usize = if cfg!(test) { 8 } else { 64 };
+pub(super) const LEAF_KEYS: usize = if cfg!(test) { 8 } else { 32 };
 /// A leaf of several keys is split beyond so many bytes of keys, so that long keys do not make copies long.
 pub(super) const LEAF_KEY_BYTES: usize = if cfg!(test) { 200 } else { 8 << 10 };
 /// Children of an inner node. Low, because copying a node touches the reference count of each child, a cache miss.
-pub(super) const INNER_CHILDREN: usize = if cfg!(test) { 4 } else { 32 };
+pub(super) const INNER_CHILDREN: usize = if cfg!(test) { 4 } else { 16 };
 
 /// What a sub-tree holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
