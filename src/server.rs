@@ -52,6 +52,7 @@ const CATCH_UP_BYTES_MAX: usize = 64 << 20;
 const APPLY_LAG_MAX: u64 = 5_000;
 
 /// Unix milliseconds: the seed of ids that must differ after a restart.
+#[allow(clippy::disallowed_methods)] // the one look at the wall clock here
 fn unix_ms() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
 }

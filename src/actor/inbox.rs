@@ -33,6 +33,7 @@ impl Waker {
             && let Some(target) = self.target.get()
         {
             // At most one nudge is outstanding, so the mailbox bound that `do_send` ignores cannot matter.
+            #[allow(clippy::disallowed_methods)]
             target.do_send(Nudge);
         }
     }

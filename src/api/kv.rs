@@ -37,7 +37,8 @@ impl Kv for Handle {
         let req = request.into_inner();
         validate::range(&req)?;
         let view = self.view_for(req.serializable).await?;
-        let mut response = range::range(&view.kv, &*self.server.storage, &req)?;
+        let (view, mut response) =
+            self.server.read(view, |view| range::range(&view.kv, &*self.server.storage, &req))?;
         response.header = Some(self.server.header(view.kv.revision, view.applied_term));
         Ok(Response::new(response))
     }
@@ -98,7 +99,8 @@ impl Kv for Handle {
         if txn::is_read_only(&req) {
             // Local only if every range says so; one without ranges is served linearizably (KV-68).
             let view = self.view_for(only_serializable_ranges(&req)).await?;
-            let mut response = txn::txn_read_only(&view.kv, &*self.server.storage, &req)?;
+            let (view, mut response) =
+                self.server.read(view, |view| txn::txn_read_only(&view.kv, &*self.server.storage, &req))?;
             let revision = response.header.as_ref().map_or(view.kv.revision, |h| h.revision);
             response.header = Some(self.server.header(revision, view.applied_term));
             return Ok(Response::new(response));
@@ -142,8 +144,16 @@ impl Iterator for StreamState {
             return None;
         }
         let server = &self.handle.server;
-        let view = server.view.load_full();
-        match self.cursor.next_chunk(&view.kv, &*server.storage, self.keys, STREAM_BYTES_MAX) {
+        let keys = self.keys;
+        let cursor = &mut self.cursor;
+        let chunk = loop {
+            let view = server.view.load_full();
+            match cursor.next_chunk(&view.kv, &*server.storage, keys, STREAM_BYTES_MAX) {
+                Err(mvcc::Error::ViewOutdated) => {}
+                done => break done,
+            }
+        };
+        match chunk {
             Ok(mut part) => {
                 if self.cursor.is_done() {
                     part.header = Some(self.header);

@@ -50,12 +50,9 @@ impl Handle {
                     return Ok(if alive { ttl } else { 0 });
                 }
                 Some(Renewed::Gone) => return Ok(0),
-                Some(Renewed::Unknown) => {
-                    if !self.server.view.load().leases.contains(id) {
-                        return Ok(0);
-                    }
-                    // Its grant's notice is on the way here (H-38).
-                }
+                Some(Renewed::Unknown) if !self.server.view.load().leases.contains(id) => return Ok(0),
+                // Its grant's notice is on the way here (H-38).
+                Some(Renewed::Unknown) => {}
                 Some(Renewed::NotLeader) if self.server.raft_status.read().is_leader => {
                     // Leading, but the deadlines are not set yet.
                 }

@@ -104,11 +104,11 @@ impl Maintenance for Handle {
     async fn hash_kv(&self, request: Request<HashKvRequest>) -> Result<Response<HashKvResponse>, Status> {
         let revision = request.into_inner().revision;
         let server = self.server.clone();
-        let view = self.server.view.load_full();
-        let scanned = view.clone();
-        let found = tokio::task::spawn_blocking(move || hash::hash_kv(&scanned.kv, &*server.storage, revision))
-            .await
-            .map_err(|e| Status::internal(e.to_string()))??;
+        let scan = move || {
+            let view = server.view.load_full();
+            server.read(view, |view| hash::hash_kv(&view.kv, &*server.storage, revision))
+        };
+        let (view, found) = tokio::task::spawn_blocking(scan).await.map_err(|e| Status::internal(e.to_string()))??;
         Ok(Response::new(HashKvResponse {
             header: Some(self.server.header_of(&view)),
             hash: found.hash,

@@ -26,6 +26,7 @@ use crate::{
     actor::{Gate, Registry, Sender},
     apply::{self, ApplySender, Error, Reply, Response, Ticket, View, ViewCell},
     lease::actor::{Ask as LeaseAsk, Control as LeaseControl},
+    mvcc,
     pb::etcdserverpb::{InternalRaftRequest, RequestHeader, ResponseHeader},
     raft::{self, Proposal, RaftSender},
     storage::fjall::FjallStorage,
@@ -164,6 +165,20 @@ impl Server {
         let term = self.raft_status.sole_leader_term()?;
         let view = self.view.load_full();
         (view.applied_term == term).then_some(view)
+    }
+
+    /// Reads from `view`, and from the newest one if clean-up has meanwhile taken rows that `view` still names.
+    pub fn read<T>(
+        &self,
+        mut view: Arc<View>,
+        read: impl Fn(&View) -> Result<T, mvcc::Error>,
+    ) -> Result<(Arc<View>, T), mvcc::Error> {
+        loop {
+            match read(&view) {
+                Err(mvcc::Error::ViewOutdated) => view = self.view.load_full(),
+                done => return done.map(|found| (view, found)),
+            }
+        }
     }
 
     /// Refuses what costs space when there is none (M-16, G-15): before any other check.

@@ -27,10 +27,8 @@ pub fn range(req: &RangeRequest) -> Result<(), Status> {
 
 /// KV-30, KV-38: a stream is in key order and unfiltered.
 pub fn range_stream(req: &RangeRequest) -> Result<(), Status> {
-    let natural = match (req.sort_order(), req.sort_target()) {
-        (SortOrder::None | SortOrder::Ascend, SortTarget::Key) => true,
-        _ => false,
-    };
+    let natural =
+        matches!((req.sort_order(), req.sort_target()), (SortOrder::None | SortOrder::Ascend, SortTarget::Key));
     if !natural {
         return Err(Status::unimplemented("RangeStream does not support custom sort orders"));
     }

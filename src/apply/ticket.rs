@@ -31,12 +31,15 @@ pub struct Ticket {
     pub permit: Permit,
 }
 
+/// Answers for one runtime.
+type Answers = Vec<(oneshot::Sender<Outcome>, Outcome)>;
+
 /// The delivery queue of each RPC runtime.
 #[derive(Clone, Debug)]
-pub struct Replies(Vec<flume::Sender<Vec<(oneshot::Sender<Outcome>, Outcome)>>>);
+pub struct Replies(Vec<flume::Sender<Answers>>);
 
 /// The receiving end in one runtime.
-pub struct Deliveries(flume::Receiver<Vec<(oneshot::Sender<Outcome>, Outcome)>>);
+pub struct Deliveries(flume::Receiver<Answers>);
 
 impl Replies {
     /// One queue for each of `runtimes`. Not bounded: each answer belongs to a permit.
@@ -58,7 +61,7 @@ impl Replies {
 /// Answers gathered until the batch they belong to is visible.
 pub struct Batch {
     replies: Replies,
-    answers: Vec<Vec<(oneshot::Sender<Outcome>, Outcome)>>,
+    answers: Vec<Answers>,
 }
 
 impl Batch {

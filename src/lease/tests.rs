@@ -482,11 +482,8 @@ fn no_promise_is_ever_cut_short() {
                     Renewal::Unknown => assert!(leading && !state.exists(id)),
                     Renewal::NotLeader => assert!(!leading),
                 },
-                9 => {
-                    if state.revoke(id, batch).is_ok() {
-                        expirer.on_revoked(id);
-                    }
-                }
+                9 if state.revoke(id, batch).is_ok() => expirer.on_revoked(id),
+                9 => {}
                 10 if rng.random_range(0..20) == 0 => {
                     leading = !leading;
                     if leading {

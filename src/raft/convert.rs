@@ -1,6 +1,5 @@
 //! Between raft-rs's messages and ours. Wire and disk use ours; raft-rs's parser and encoder are never called.
 
-use bytes::Bytes;
 use raft::eraftpb as rs;
 
 use crate::pb::raftpb;
@@ -33,7 +32,7 @@ pub fn entry_from_pb(entry: &raftpb::Entry) -> Option<rs::Entry> {
         entry_type,
         term: entry.term.unwrap_or(0),
         index: entry.index.unwrap_or(0),
-        data: entry.data.clone().unwrap_or_else(Bytes::new),
+        data: entry.data.clone().unwrap_or_default(),
         ..Default::default()
     })
 }

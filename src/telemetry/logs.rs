@@ -152,6 +152,7 @@ impl Logs {
     }
 
     fn write(&self, line: &Line) {
+        #[allow(clippy::disallowed_methods)] // a log line tells when it was written
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
         // A panic while a line was written leaves at worst half a line; logging goes on.
         let mut sink = self.sink.lock().unwrap_or_else(PoisonError::into_inner);

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     apply::ViewCell,
-    mvcc::{KeyRange, Revision, record::RawKeyValue, replay, view::View},
+    mvcc::{self, KeyRange, Revision, record::RawKeyValue, replay, view::View},
     pb::etcdserverpb::{WatchRequest, WatchResponse},
     storage::{self, Storage},
 };
@@ -44,15 +44,19 @@ impl History for StoreHistory {
 
     fn changes(&mut self, range: KeyRange<'_>, from: i64, limit: HistoryLimit) -> Result<HistoryPage, HistoryError> {
         let bound = replay::Limit { changes: limit.revisions, bytes: limit.bytes };
-        let found = replay::changes(&self.view, &*self.storage, range, from, self.view.revision, bound);
-        // Clean-up may have taken rows that an older view still names: the newest view then says so.
-        self.refresh();
-        if from < self.view.compact_revision {
-            return Err(HistoryError::Compacted { compact_revision: self.view.compact_revision });
-        }
-        match found {
-            Ok(page) => Ok(HistoryPage { changes: page.changes, next_from: page.next }),
-            Err(e) => Err(HistoryError::Storage(storage::Error::Fatal(e.to_string()))),
+        loop {
+            let found = replay::changes(&self.view, &*self.storage, range, from, self.view.revision, bound);
+            // Clean-up may have taken rows that an older view still names: the newest view then says so.
+            self.refresh();
+            if from < self.view.compact_revision {
+                return Err(HistoryError::Compacted { compact_revision: self.view.compact_revision });
+            }
+            match found {
+                Ok(page) => return Ok(HistoryPage { changes: page.changes, next_from: page.next }),
+                // Each try has a newer view, and compactions are far between.
+                Err(mvcc::Error::ViewOutdated) => {}
+                Err(e) => return Err(HistoryError::Storage(storage::Error::Fatal(e.to_string()))),
+            }
         }
     }
 

@@ -199,6 +199,7 @@ struct World {
     model: Model,
     revision: i64,
     /// (at, cursor, removed so far)
+    #[allow(clippy::type_complexity)]
     compacting: Option<(i64, bytes::Bytes, Vec<(Revision, bool, u32)>)>,
 }
 
