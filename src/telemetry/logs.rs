@@ -93,7 +93,7 @@ impl Output {
             Output::Stderr => io::stderr().lock().write_all(line),
             Output::File(file) => file.write_all(line),
             #[cfg(test)]
-            Output::Memory(buffer) => buffer.lock().unwrap().write_all(line),
+            Output::Memory(buffer) => buffer.lock().expect("no holder of this lock panics").write_all(line),
         }
     }
 }
