@@ -57,8 +57,7 @@ impl ValueCache {
                 .shards(shards)
                 .estimated_items_capacity(usize::try_from(capacity_bytes / 512).unwrap_or(usize::MAX))
                 .weight_capacity(capacity_bytes)
-                // Half for what was written or read last: unless told, that gets a hundredth, and a row is
-                // most likely read soon after it was written.
+                // Half for what was written or read last: a row is most likely read soon after it was written.
                 .hot_allocation(0.5)
                 .build()
                 .expect("both capacities are given");
