@@ -396,11 +396,11 @@ impl Wal {
             self.last_index = index;
         }
         self.highest_index = self.highest_index.max(self.last_index);
-        if let Some(state) = hard_state {
-            if parts(state) != parts(&self.hard_state) {
-                self.hard_state = *state;
-                self.encoder.put_state(state);
-            }
+        if let Some(state) = hard_state
+            && parts(state) != parts(&self.hard_state)
+        {
+            self.hard_state = *state;
+            self.encoder.put_state(state);
         }
     }
 

@@ -71,11 +71,8 @@ pub(super) fn recover(disk: &dyn Disk, dir: &Path) -> Result<Log> {
     let commit = survey.hard_state.commit();
     let snapshot_count = survey.snapshots.len();
     let snapshots: Vec<_> = survey.snapshots.into_iter().filter(|snapshot| snapshot.index() <= commit).collect();
-    let start = snapshots.last().cloned().unwrap_or_else(|| walpb::Snapshot {
-        index: Some(0),
-        term: Some(0),
-        conf_state: None,
-    });
+    let start =
+        snapshots.last().cloned().unwrap_or(walpb::Snapshot { index: Some(0), term: Some(0), conf_state: None });
     let Some(first) = segments.iter().rposition(|segment| segment.name.index <= start.index()) else {
         let oldest = dir.join(segments[0].name.to_string());
         return Err(Error::Incomplete {
