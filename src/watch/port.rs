@@ -35,7 +35,8 @@ impl Port {
 
     pub fn publish(&self, published: Published) {
         if self.published.try_send(published).is_err() {
-            self.skipped.fetch_add(1, Ordering::Relaxed);
+            // The hub looks at the newest view when it has drained what is queued.
+            self.skipped.fetch_add(1, Ordering::SeqCst);
         }
     }
 }
@@ -80,6 +81,7 @@ pub struct Client {
 /// The hub's ends.
 pub struct Ends {
     pub(super) active: Arc<AtomicBool>,
+    pub(super) skipped: Arc<AtomicU64>,
     pub(super) published: flume::Receiver<Published>,
     pub(super) asks: flume::Receiver<Ask>,
 }
@@ -87,12 +89,13 @@ pub struct Ends {
 /// `stream_budget_bytes` as in the hub's config.
 pub fn connect(stream_budget_bytes: usize) -> (Port, Client, Ends) {
     let active = Arc::new(AtomicBool::new(false));
+    let skipped = Arc::new(AtomicU64::new(0));
     let (published_tx, published) = flume::bounded(PUBLISHED_MAX);
     let (asks_tx, asks) = flume::unbounded();
     (
-        Port { active: active.clone(), published: published_tx, skipped: Arc::default() },
+        Port { active: active.clone(), published: published_tx, skipped: skipped.clone() },
         // What a stream has taken but not told yet makes its queue look longer than it is, by a quarter at most.
         Client { asks: asks_tx, report_bytes: stream_budget_bytes / 4 },
-        Ends { active, published, asks },
+        Ends { active, skipped, published, asks },
     )
 }

@@ -73,6 +73,7 @@ struct Shell {
     held: HashMap<StreamId, oneshot::Sender<()>>,
     out: Vec<Outgoing>,
     ends: Ends,
+    skipped_seen: u64,
     start: Instant,
 }
 
@@ -93,6 +94,7 @@ pub async fn run(
         held: HashMap::new(),
         out: Vec::new(),
         ends,
+        skipped_seen: 0,
         start: Instant::now(),
     };
     let mut behind = false;
@@ -108,6 +110,7 @@ pub async fn run(
                     while let Ok(message) = published.try_recv() {
                         shell.published(message);
                     }
+                    shell.make_up_for_skipped();
                 }
                 Err(_) => return,
             },
@@ -193,11 +196,24 @@ impl Shell {
     fn adopt_current_view(&mut self) {
         self.history.refresh();
         if self.streams.is_empty() {
-            let message =
-                Published { view: self.history.view.clone(), changes: Arc::from([]), raft_term: self.raft_term() };
-            if message.view.revision > self.hub.revision() {
-                self.published(message);
-            }
+            self.jump_to_current_view();
+        }
+    }
+
+    fn jump_to_current_view(&mut self) {
+        if self.history.view.revision > self.hub.revision() {
+            let raft_term = self.raft_term();
+            self.published(Published { view: self.history.view.clone(), changes: Arc::from([]), raft_term });
+        }
+    }
+
+    /// Views that found the queue full were left out; if they were the last ones, no message tells of them.
+    fn make_up_for_skipped(&mut self) {
+        let skipped = self.ends.skipped.load(Ordering::SeqCst);
+        if skipped != self.skipped_seen {
+            self.skipped_seen = skipped;
+            self.history.refresh();
+            self.jump_to_current_view();
         }
     }
 

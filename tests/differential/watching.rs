@@ -58,6 +58,7 @@ struct Received {
 }
 
 struct Side {
+    name: &'static str,
     requests: UnboundedSender<WatchRequest>,
     responses: UnboundedReceiver<Result<WatchResponse, tonic::Status>>,
     by_id: HashMap<i64, usize>,
@@ -69,7 +70,7 @@ struct Side {
 }
 
 impl Side {
-    fn open(client: &Client) -> Self {
+    fn open(name: &'static str, client: &Client) -> Self {
         let (requests, outgoing) = unbounded_channel();
         let (incoming, responses) = unbounded_channel();
         let mut watch = client.watch.clone();
@@ -87,6 +88,7 @@ impl Side {
             }
         });
         Self {
+            name,
             requests,
             responses,
             by_id: HashMap::new(),
@@ -146,7 +148,9 @@ impl Side {
         let deadline = Instant::now() + ANSWER_WITHIN;
         while !done(self) {
             let next = timeout_at(deadline, self.responses.recv()).await;
-            let response = next.unwrap_or_else(|_| panic!("nothing more within {ANSWER_WITHIN:?}; waited for {what}"));
+            let response = next.unwrap_or_else(|_| {
+                panic!("nothing more within {ANSWER_WITHIN:?} from {}; waited for {what}", self.name)
+            });
             let response = response.unwrap_or_else(|| panic!("the stream ended; waited for {what}"));
             self.take(response.unwrap_or_else(|status| panic!("the stream failed: {status:?}")), identity);
         }
@@ -174,7 +178,9 @@ pub struct WatchPair {
 
 impl WatchPair {
     pub fn open(clients: [&Client; 2]) -> Self {
-        Self { sides: clients.map(Side::open), watchers: Vec::new() }
+        let [reference, subject] = clients;
+        let sides = [Side::open("the reference", reference), Side::open("the subject", subject)];
+        Self { sides, watchers: Vec::new() }
     }
 
     /// Creates the watcher on both. Answers what the reference said, or how the two differ.
@@ -305,7 +311,7 @@ impl WatchPair {
             side.progress = None;
             let deadline = Instant::now() + ANSWER_WITHIN;
             while side.progress.is_none() {
-                assert!(Instant::now() < deadline, "W-42: no answer to progress requests");
+                assert!(Instant::now() < deadline, "W-42: no answer to progress requests from {}", side.name);
                 side.send(Some(RequestUnion::ProgressRequest(WatchProgressRequest {})));
                 if let Ok(Some(Ok(response))) = timeout(PROGRESS_RETRY, side.responses.recv()).await {
                     side.take(response, identity);
