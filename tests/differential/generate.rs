@@ -23,6 +23,7 @@ pub const OWN_MEMBER: u64 = u64::MAX;
 /// Long enough that no lease ends by itself during a session.
 const LONG_TTL: i64 = 3_600;
 const FAT_KEYS: u8 = 12;
+const NESTING_MAX: usize = 2;
 
 #[derive(Clone, Debug)]
 pub enum Request {
@@ -108,7 +109,10 @@ impl Generator {
             255..460 => Step::Call(Request::Range(self.range(true))),
             460..500 => Step::Call(Request::RangeStream(self.range_of_stream())),
             500..590 => Step::Call(Request::DeleteRange(self.delete())),
-            590..800 => Step::Call(Request::Txn(self.txn(0))),
+            590..800 => {
+                let flat = self.spare_old && !self.armed.is_empty();
+                Step::Call(Request::Txn(self.txn(if flat { NESTING_MAX } else { 0 })))
+            }
             800..815 => self.compact(),
             815..850 => Step::Call(Request::LeaseGrant(self.grant())),
             850..870 => Step::Call(Request::LeaseRevoke(LeaseRevokeRequest { id: self.lease() })),
@@ -228,6 +232,7 @@ impl Generator {
             }
             7 => 0,
             8 => self.one_of(&[-1, i64::MIN, i64::MAX, 999_999]),
+            _ if self.gone_leases.is_empty() => 77,
             _ => {
                 let gone = self.gone_leases.clone();
                 self.one_of(&gone)
@@ -384,7 +389,7 @@ impl Generator {
                 Some(Op::RequestRange(range))
             }
             62..82 => Some(Op::RequestDeleteRange(self.delete())),
-            82..98 if depth < 2 => Some(Op::RequestTxn(self.txn(depth + 1))),
+            82..98 if depth < NESTING_MAX => Some(Op::RequestTxn(self.txn(depth + 1))),
             82..98 => Some(Op::RequestRange(self.range(true))),
             _ => None,
         };
