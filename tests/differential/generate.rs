@@ -513,7 +513,11 @@ impl Generator {
             18 => self.one_of(&[-1, i64::MIN]),
             _ => 1,
         };
-        let start_revision = if self.spare_old { start_revision.max(0) } else { start_revision };
+        let start_revision = match start_revision {
+            start if !self.spare_old => start,
+            start if start == self.compacted && start > 0 => start + 1,
+            start => start.max(0),
+        };
         let filters = match self.rng.random_range(0..10) {
             0 => vec![0],
             1 => vec![1],

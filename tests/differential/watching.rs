@@ -23,6 +23,7 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(15);
 const PROGRESS_RETRY: Duration = Duration::from_millis(30);
 
 /// A watcher as both servers should see it.
+#[derive(Debug)]
 struct Watcher {
     id: i64,
     key: Bytes,
@@ -146,10 +147,17 @@ impl Side {
         let deadline = Instant::now() + ANSWER_WITHIN;
         while !done(self) {
             let next = timeout_at(deadline, self.responses.recv()).await;
-            let response = next.unwrap_or_else(|_| panic!("nothing more within {ANSWER_WITHIN:?}; waited for {what}"));
+            let response = next.unwrap_or_else(|_| {
+                panic!("nothing more within {ANSWER_WITHIN:?}; waited for {what}; {}", self.so_far())
+            });
             let response = response.unwrap_or_else(|| panic!("the stream ended; waited for {what}"));
             self.take(response.unwrap_or_else(|status| panic!("the stream failed: {status:?}")), identity);
         }
+    }
+
+    fn so_far(&self) -> String {
+        let counts: Vec<_> = self.received.iter().map(|r| (r.events.len(), r.cancels.len(), r.in_fragment)).collect();
+        format!("events, cancels, in a fragment, by watcher: {counts:?}")
     }
 
     fn drain(&mut self, identity: &Identity) {
@@ -263,7 +271,10 @@ impl WatchPair {
                 State::Live => {
                     let expected = self.watchers[number].expected(history, revision);
                     let what = format!("{} events of watcher {number} up to {revision} (W-26)", expected.len());
-                    for (side, identity) in self.sides.iter_mut().zip(identities) {
+                    for (who, (side, identity)) in
+                        ["reference", "subject"].iter().zip(self.sides.iter_mut().zip(identities))
+                    {
+                        let what = format!("{what} from the {who}: {:?}", self.watchers[number]);
                         let all = |side: &Side| {
                             let received = &side.received[number];
                             received.events.len() >= expected.len() && !received.in_fragment
