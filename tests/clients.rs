@@ -195,7 +195,7 @@ fn run(command: &mut Command, input: &str, within: Duration) -> Output {
             let _ = child.wait();
             panic!("{shown} did not end within {within:?}");
         }
-        thread::sleep(Duration::from_millis(5));
+        common::pause();
     };
     Output { status, stdout: out.join().expect("a reader"), stderr: err.join().expect("a reader") }
 }

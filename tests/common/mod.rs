@@ -148,7 +148,7 @@ impl Server {
                 let _ = child.wait();
                 panic!("{} ignored SIGTERM for {STOPPED_WITHIN:?}:\n{}", self.program.display(), self.stderr_tail());
             }
-            std::thread::sleep(POLL);
+            pause();
         }
     }
 
@@ -190,7 +190,7 @@ impl Server {
                 let tail = self.stderr_tail();
                 panic!("{} is not ready ({ended:?}):\n{tail}", self.program.display());
             }
-            std::thread::sleep(POLL);
+            pause();
         }
     }
 }
@@ -271,4 +271,10 @@ impl EventRecord {
     pub fn is_delete(&self) -> bool {
         self.kind == 1
     }
+}
+
+/// Between two looks at a condition that another process makes true.
+#[allow(clippy::disallowed_methods)]
+pub fn pause() {
+    std::thread::sleep(POLL);
 }

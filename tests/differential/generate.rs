@@ -164,17 +164,17 @@ impl Generator {
                     self.gone_leases.remove(0);
                 }
             }
-            (Request::LeaseRevoke(revoke), Err(error)) if error.message.contains("corrupt") => {
+            (Request::LeaseRevoke(revoke), Err(error))
+                if error.message.contains("corrupt")
+                    && !self.queue.iter().any(|step| matches!(step, Step::Call(Request::LeaseRevoke(_)))) =>
+            {
                 // Refused under the alarm: once more when it is over.
-                if !self.queue.iter().any(|step| matches!(step, Step::Call(Request::LeaseRevoke(_)))) {
-                    self.calm_in = 0;
-                    let again = Step::Call(Request::LeaseRevoke(*revoke));
-                    while let Some(mut alarm) = self.armed.pop() {
-                        alarm.action = 2;
-                        self.queue.push_back(Step::Call(Request::Alarm(alarm)));
-                    }
-                    self.queue.push_back(again);
+                self.calm_in = 0;
+                while let Some(mut alarm) = self.armed.pop() {
+                    alarm.action = 2;
+                    self.queue.push_back(Step::Call(Request::Alarm(alarm)));
                 }
+                self.queue.push_back(Step::Call(Request::LeaseRevoke(*revoke)));
             }
             (Request::Alarm(alarm), Ok(_)) if alarm.action == 1 && alarm.alarm != 0 => {
                 if !self.armed.iter().any(|a| a.member_id == alarm.member_id && a.alarm == alarm.alarm) {
@@ -492,7 +492,11 @@ impl Generator {
         AlarmRequest {
             action,
             member_id: self.one_of(&[0, OWN_MEMBER, OWN_MEMBER, 77]),
-            alarm: self.one_of(&[none, 1, 1, 2, 2]),
+            alarm: match self.armed.first() {
+                // 3.4 obeys the alarm raised last instead of the stronger one.
+                Some(armed) if self.spare_old && action == 1 => armed.alarm,
+                _ => self.one_of(&[none, 1, 1, 2, 2]),
+            },
         }
     }
 

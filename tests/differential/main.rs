@@ -213,7 +213,10 @@ impl Run {
             }
         }
         if reference != subject {
-            self.differences.push(format!("{request:?}\n  reference {reference:?}\n  subject   {subject:?}"));
+            let difference = format!("{request:?}\n  reference {reference:?}\n  subject   {subject:?}");
+            // At once as well: what follows from it may end the run before its end.
+            eprintln!("difference: {}", shorten(&difference));
+            self.differences.push(difference);
         }
     }
 

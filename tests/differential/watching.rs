@@ -59,6 +59,7 @@ struct Received {
 }
 
 struct Side {
+    name: &'static str,
     requests: UnboundedSender<WatchRequest>,
     responses: UnboundedReceiver<Result<WatchResponse, tonic::Status>>,
     by_id: HashMap<i64, usize>,
@@ -70,7 +71,7 @@ struct Side {
 }
 
 impl Side {
-    fn open(client: &Client) -> Self {
+    fn open(name: &'static str, client: &Client) -> Self {
         let (requests, outgoing) = unbounded_channel();
         let (incoming, responses) = unbounded_channel();
         let mut watch = client.watch.clone();
@@ -88,6 +89,7 @@ impl Side {
             }
         });
         Self {
+            name,
             requests,
             responses,
             by_id: HashMap::new(),
@@ -148,16 +150,11 @@ impl Side {
         while !done(self) {
             let next = timeout_at(deadline, self.responses.recv()).await;
             let response = next.unwrap_or_else(|_| {
-                panic!("nothing more within {ANSWER_WITHIN:?}; waited for {what}; {}", self.so_far())
+                panic!("nothing more within {ANSWER_WITHIN:?} from {}; waited for {what}", self.name)
             });
             let response = response.unwrap_or_else(|| panic!("the stream ended; waited for {what}"));
             self.take(response.unwrap_or_else(|status| panic!("the stream failed: {status:?}")), identity);
         }
-    }
-
-    fn so_far(&self) -> String {
-        let counts: Vec<_> = self.received.iter().map(|r| (r.events.len(), r.cancels.len(), r.in_fragment)).collect();
-        format!("events, cancels, in a fragment, by watcher: {counts:?}")
     }
 
     fn drain(&mut self, identity: &Identity) {
@@ -182,7 +179,9 @@ pub struct WatchPair {
 
 impl WatchPair {
     pub fn open(clients: [&Client; 2]) -> Self {
-        Self { sides: clients.map(Side::open), watchers: Vec::new() }
+        let [reference, subject] = clients;
+        let sides = [Side::open("the reference", reference), Side::open("the subject", subject)];
+        Self { sides, watchers: Vec::new() }
     }
 
     /// Creates the watcher on both. Answers what the reference said, or how the two differ.
@@ -270,11 +269,9 @@ impl WatchPair {
                 State::Cancelled => self.sides.iter_mut().for_each(|side| side.received[number].events.clear()),
                 State::Live => {
                     let expected = self.watchers[number].expected(history, revision);
-                    let what = format!("{} events of watcher {number} up to {revision} (W-26)", expected.len());
-                    for (who, (side, identity)) in
-                        ["reference", "subject"].iter().zip(self.sides.iter_mut().zip(identities))
-                    {
-                        let what = format!("{what} from the {who}: {:?}", self.watchers[number]);
+                    let watcher = &self.watchers[number];
+                    let what = format!("{} events up to {revision} (W-26) of {watcher:?}", expected.len());
+                    for (side, identity) in self.sides.iter_mut().zip(identities) {
                         let all = |side: &Side| {
                             let received = &side.received[number];
                             received.events.len() >= expected.len() && !received.in_fragment
@@ -316,7 +313,7 @@ impl WatchPair {
             side.progress = None;
             let deadline = Instant::now() + ANSWER_WITHIN;
             while side.progress.is_none() {
-                assert!(Instant::now() < deadline, "W-42: no answer to progress requests");
+                assert!(Instant::now() < deadline, "W-42: no answer to progress requests from {}", side.name);
                 side.send(Some(RequestUnion::ProgressRequest(WatchProgressRequest {})));
                 if let Ok(Some(Ok(response))) = timeout(PROGRESS_RETRY, side.responses.recv()).await {
                     side.take(response, identity);
