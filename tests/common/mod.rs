@@ -275,6 +275,6 @@ impl EventRecord {
 
 /// Between two looks at a condition that another process makes true.
 #[allow(clippy::disallowed_methods)]
-fn pause() {
+pub fn pause() {
     std::thread::sleep(POLL);
 }

@@ -164,17 +164,17 @@ impl Generator {
                     self.gone_leases.remove(0);
                 }
             }
-            (Request::LeaseRevoke(revoke), Err(error)) if error.message.contains("corrupt") => {
+            (Request::LeaseRevoke(revoke), Err(error))
+                if error.message.contains("corrupt")
+                    && !self.queue.iter().any(|step| matches!(step, Step::Call(Request::LeaseRevoke(_)))) =>
+            {
                 // Refused under the alarm: once more when it is over.
-                if !self.queue.iter().any(|step| matches!(step, Step::Call(Request::LeaseRevoke(_)))) {
-                    self.calm_in = 0;
-                    let again = Step::Call(Request::LeaseRevoke(*revoke));
-                    while let Some(mut alarm) = self.armed.pop() {
-                        alarm.action = 2;
-                        self.queue.push_back(Step::Call(Request::Alarm(alarm)));
-                    }
-                    self.queue.push_back(again);
+                self.calm_in = 0;
+                while let Some(mut alarm) = self.armed.pop() {
+                    alarm.action = 2;
+                    self.queue.push_back(Step::Call(Request::Alarm(alarm)));
                 }
+                self.queue.push_back(Step::Call(Request::LeaseRevoke(*revoke)));
             }
             (Request::Alarm(alarm), Ok(_)) if alarm.action == 1 && alarm.alarm != 0 => {
                 if !self.armed.iter().any(|a| a.member_id == alarm.member_id && a.alarm == alarm.alarm) {
@@ -517,7 +517,11 @@ impl Generator {
             18 => self.one_of(&[-1, i64::MIN]),
             _ => 1,
         };
-        let start_revision = if self.spare_old { start_revision.max(0) } else { start_revision };
+        let start_revision = match start_revision {
+            start if !self.spare_old => start,
+            start if start == self.compacted && start > 0 => start + 1,
+            start => start.max(0),
+        };
         let filters = match self.rng.random_range(0..10) {
             0 => vec![0],
             1 => vec![1],

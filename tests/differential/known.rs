@@ -32,6 +32,7 @@ pub struct Known {
 pub const NOT_ASKED_OF_OLD: &[(&str, &str)] = &[
     ("KV-23", "3.4 checks no sort option; an unknown one ends its process"),
     ("W-7", "3.4 starts a watcher from a negative revision as from now"),
+    ("KV-80", "3.4 drops a tombstone at the compact revision, so a watcher from there misses the deletion"),
     ("M-12", "3.4 looks for puts only at the top of a transaction and lets nested ones pass under an alarm"),
     ("M-11", "with alarms of both kinds 3.4 obeys the one raised last, not CORRUPT"),
     ("M-7", "3.4 stores an alarm of type NONE; for member 0 that ends its process"),

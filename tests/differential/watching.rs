@@ -23,6 +23,7 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(15);
 const PROGRESS_RETRY: Duration = Duration::from_millis(30);
 
 /// A watcher as both servers should see it.
+#[derive(Debug)]
 struct Watcher {
     id: i64,
     key: Bytes,
@@ -268,7 +269,8 @@ impl WatchPair {
                 State::Cancelled => self.sides.iter_mut().for_each(|side| side.received[number].events.clear()),
                 State::Live => {
                     let expected = self.watchers[number].expected(history, revision);
-                    let what = format!("{} events of watcher {number} up to {revision} (W-26)", expected.len());
+                    let watcher = &self.watchers[number];
+                    let what = format!("{} events up to {revision} (W-26) of {watcher:?}", expected.len());
                     for (side, identity) in self.sides.iter_mut().zip(identities) {
                         let all = |side: &Side| {
                             let received = &side.received[number];
