@@ -180,6 +180,9 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
     let sync_metrics = metrics.clone();
     let on_write: wal::writer::OnWrite = Arc::new(move |appended| {
         sync_metrics.wal_bytes.fetch_add(appended.bytes, Ordering::Relaxed);
+        if let Some(spent) = appended.write {
+            sync_metrics.wal_write.record(spent);
+        }
         if let Some(spent) = appended.sync {
             sync_metrics.wal_sync.record(spent);
         }
@@ -202,6 +205,7 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
             let _inside = alarm_runtime.enter();
             alarm_server.ask_alarm(own_runtime);
         }),
+        metrics: metrics.clone(),
     };
     let (arbiter, vital) = arbiters.place("apply");
     shell::spawn(&arbiter, apply_rx, vital, move || ApplyActor::new(core, wiring));

@@ -36,6 +36,7 @@ impl Kv for Handle {
     async fn range(&self, request: Request<RangeRequest>) -> Result<Response<RangeResponse>, Status> {
         let req = request.into_inner();
         validate::range(&req)?;
+        self.server.metrics.ranges.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let view = self.view_for(req.serializable).await?;
         let (view, mut response) =
             self.server.read(view, |view| range::range(&view.kv, &*self.server.storage, &req))?;

@@ -47,6 +47,7 @@ impl Handle {
                     }
                     // After the renewal: a revocation applied before it shows here (H-41).
                     let alive = self.server.view.load().leases.contains(id);
+                    self.server.metrics.leases_renewed.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
                     return Ok(if alive { ttl } else { 0 });
                 }
                 Some(Renewed::Gone) => return Ok(0),

@@ -83,8 +83,10 @@ impl Routes {
             Ok(timeout) => timeout,
             Err(status) => return status.into_http(),
         };
-        let metrics = &self.handle.server.metrics;
-        metrics.rpc_started.fetch_add(1, Ordering::Relaxed);
+        let counters = self.handle.server.metrics.rpcs.find(uri.path());
+        if let Some(counters) = counters {
+            counters.started.fetch_add(1, Ordering::Relaxed);
+        }
         macro_rules! dispatch {
             ($($name:literal => $field:ident,)*) => {
                 match service {
@@ -107,8 +109,16 @@ impl Routes {
             "v3electionpb.Election" => election,
             "grpc.health.v1.Health" => health,
         };
-        metrics.rpc_handled.fetch_add(1, Ordering::Relaxed);
-        self.transport_texts(response, service, method)
+        let response = self.transport_texts(response, service, method);
+        if let Some(counters) = counters {
+            // An error is in the head of the answer; a unary answer without one is a success.
+            match Status::from_header_map(response.headers()) {
+                Some(status) => counters.handled(status.code()),
+                None if counters.kind == "unary" => counters.handled(Code::Ok),
+                None => {}
+            }
+        }
+        response
     }
 
     /// G-8, G-9.

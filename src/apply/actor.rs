@@ -8,7 +8,9 @@ use std::sync::{
 use super::{Batch, Control, Core, Replies, ViewCell, Work, core::LeaseNotice};
 use crate::{
     actor::{Actor, Turn, shell::Flow},
-    raft, watch,
+    raft,
+    telemetry::Metrics,
+    watch,
 };
 
 /// Where the applier's effects go.
@@ -22,6 +24,7 @@ pub struct Wiring {
     pub lease_notices: Box<dyn Fn(Vec<LeaseNotice>) + Send>,
     /// Asks for a NOSPACE alarm.
     pub ask_alarm: Box<dyn Fn() + Send>,
+    pub metrics: Metrics,
 }
 
 /// A watch hub as apply sees it: never waited for.
@@ -50,6 +53,26 @@ impl ApplyActor {
             // A storage error is final: what was acknowledged is in the WAL, nothing more is acknowledged.
             Err(e) => panic!("cannot write the store: {e}"),
         };
+        let counts = &self.wiring.metrics;
+        let (mut puts, mut put_bytes, mut deletes) = (0, 0, 0);
+        for change in &effects.changes {
+            if change.delete {
+                deletes += 1;
+            } else {
+                puts += 1;
+                put_bytes += change.kv.0.len() as u64;
+            }
+        }
+        counts.puts.fetch_add(puts, Ordering::Relaxed);
+        counts.put_bytes.fetch_add(put_bytes, Ordering::Relaxed);
+        counts.deletes.fetch_add(deletes, Ordering::Relaxed);
+        for notice in &effects.lease_notices {
+            let counter = match notice {
+                LeaseNotice::Granted { .. } => &counts.leases_granted,
+                LeaseNotice::Gone { .. } => &counts.leases_gone,
+            };
+            counter.fetch_add(1, Ordering::Relaxed);
+        }
         if !effects.lease_notices.is_empty() {
             // Before the view: whoever sees a lease in the view finds its timer set.
             (self.wiring.lease_notices)(effects.lease_notices);

@@ -1,77 +1,131 @@
 //! HTTP on the client port: health, version, metrics; and the listeners that both gRPC and HTTP come in by.
 
+mod health;
 pub mod listener;
+mod metrics;
 mod plain_io;
 pub mod runtime;
 
 use bytes::Bytes;
-use http::{Method, Request, Response, StatusCode, header};
+use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::Full;
 
 use crate::{api::Handle, config::ETCD_VERSION};
+use runtime::Serves;
+
+type Answer = Response<Full<Bytes>>;
 
 /// Answers a plain HTTP request.
-pub async fn respond<B>(handle: &Handle, request: &Request<B>) -> Response<Full<Bytes>> {
-    match request.uri().path() {
-        "/version" if request.method() == Method::GET => version(handle),
-        "/health" if request.method() == Method::GET => health(handle).await,
-        "/metrics" => metrics(handle),
-        "/version" | "/health" => {
-            let mut response = text_error(StatusCode::METHOD_NOT_ALLOWED, "Method Not Allowed");
-            response.headers_mut().insert(header::ALLOW, header::HeaderValue::from_static("GET"));
+pub async fn respond<B>(handle: &Handle, serves: Serves, request: &Request<B>) -> Answer {
+    let path = request.uri().path();
+    let query = request.uri().query().unwrap_or("");
+    // A listener for metrics serves these and the health endpoints only.
+    let everything = serves != Serves::Metrics;
+    if path == "/metrics" {
+        return metrics::render(handle);
+    }
+    let is_get_path = matches!(path, "/health" | "/livez" | "/readyz")
+        || (everything && path == "/version")
+        || path.starts_with("/livez/")
+        || path.starts_with("/readyz/");
+    if is_get_path && request.method() != Method::GET {
+        let mut response = text_error(StatusCode::METHOD_NOT_ALLOWED, "Method Not Allowed");
+        response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET"));
+        return response;
+    }
+    match path {
+        "/version" if everything => version(handle),
+        "/health" => health::health(handle, query).await,
+        _ if path.starts_with("/livez") || path.starts_with("/readyz") => health::checks(handle, path, query).await,
+        _ if everything && (path.starts_with("/v3/") || path.starts_with("/v3beta/")) => {
+            let mut response = Response::new(Full::from_static(
+                br#"{"error":"not implemented: the JSON gateway","code":12,"message":"not implemented: the JSON gateway"}"#,
+            ));
+            *response.status_mut() = StatusCode::NOT_IMPLEMENTED;
+            set_type(&mut response, "application/json");
             response
         }
-        _ => text_error(StatusCode::NOT_FOUND, "404 page not found"),
+        _ => not_found(),
     }
 }
 
-fn version(handle: &Handle) -> Response<Full<Bytes>> {
+/// `Full::from` a static slice, named for its use above.
+trait FromStatic {
+    fn from_static(bytes: &'static [u8]) -> Self;
+}
+
+impl FromStatic for Full<Bytes> {
+    fn from_static(bytes: &'static [u8]) -> Self {
+        Full::new(Bytes::from_static(bytes))
+    }
+}
+
+fn version(handle: &Handle) -> Answer {
     let version = handle.server.view.load().members.cluster_version();
     let or = |unknown: &str| version.map_or_else(|| unknown.to_owned(), |v| v.to_string());
-    let body = serde_json::json!({
-        "etcdserver": ETCD_VERSION, "etcdcluster": or("not_decided"), "storage": or("unknown")
-    });
-    let mut response = Response::new(Full::from(body.to_string()));
-    response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/json"));
+    // The fields in etcd's order.
+    let body = format!(
+        r#"{{"etcdserver":"{ETCD_VERSION}","etcdcluster":"{}","storage":"{}"}}"#,
+        or("not_decided"),
+        or("unknown")
+    );
+    let mut response = Response::new(Full::from(body));
+    set_type(&mut response, "application/json");
     response
 }
 
-async fn health(handle: &Handle) -> Response<Full<Bytes>> {
-    match handle.server.linearizable_view().await {
-        Ok(_) => Response::new(Full::from(r#"{"health":"true","reason":""}"#)),
-        Err(e) => text_error(
-            StatusCode::SERVICE_UNAVAILABLE,
-            &serde_json::json!({"health": "false", "reason": format!("RANGE ERROR:{e}")}).to_string(),
-        ),
-    }
+fn set_type(response: &mut Answer, content_type: &'static str) {
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
 }
 
-fn metrics(handle: &Handle) -> Response<Full<Bytes>> {
-    use std::fmt::Write;
-    let mut out = String::new();
-    let (buckets, count, sum) = handle.server.metrics.wal_sync.read();
-    for (bound, n) in buckets {
-        let _ = writeln!(out, "etcd_disk_wal_fsync_duration_seconds_bucket{{le=\"{bound}\"}} {n}");
-    }
-    let _ = writeln!(out, "etcd_disk_wal_fsync_duration_seconds_bucket{{le=\"+Inf\"}} {count}");
-    let _ = writeln!(out, "etcd_disk_wal_fsync_duration_seconds_sum {sum}");
-    let _ = writeln!(out, "etcd_disk_wal_fsync_duration_seconds_count {count}");
-    for actor in handle.server.registry.actors() {
-        let now = actor.snapshot(std::time::Instant::now());
-        let _ = writeln!(out, "actd_actor_inbox_messages{{actor=\"{}\"}} {}", now.name, now.depth);
-        let _ = writeln!(out, "actd_actor_turns_total{{actor=\"{}\"}} {}", now.name, now.turns.count);
-        let _ = writeln!(out, "actd_actor_busy_seconds_total{{actor=\"{}\"}} {}", now.name, now.turns.seconds);
-        let _ = writeln!(out, "actd_actor_messages_total{{actor=\"{}\"}} {}", now.name, now.batch_messages);
-    }
-    Response::new(Full::from(out))
+fn not_found() -> Answer {
+    text_error(StatusCode::NOT_FOUND, "404 page not found")
 }
 
 /// A plain text error as Go's HTTP library writes it.
-fn text_error(status: StatusCode, text: &str) -> Response<Full<Bytes>> {
+fn text_error(status: StatusCode, text: &str) -> Answer {
     let mut response = Response::new(Full::from(format!("{text}\n")));
     *response.status_mut() = status;
-    let headers = response.headers_mut();
-    headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static("text/plain; charset=utf-8"));
-    headers.insert(header::X_CONTENT_TYPE_OPTIONS, header::HeaderValue::from_static("nosniff"));
+    set_type(&mut response, "text/plain; charset=utf-8");
+    response.headers_mut().insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     response
+}
+
+/// Values of `name` in a query, decoded; a name without a value counts as present with an empty one.
+fn query_values(query: &str, name: &str) -> Vec<String> {
+    query
+        .split('&')
+        .filter_map(|pair| {
+            let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+            (key == name).then(|| percent_decode(value))
+        })
+        .collect()
+}
+
+fn percent_decode(text: &str) -> String {
+    let mut out = Vec::with_capacity(text.len());
+    let mut bytes = text.bytes();
+    while let Some(byte) = bytes.next() {
+        match byte {
+            b'+' => out.push(b' '),
+            b'%' => {
+                let hex: String = bytes.by_ref().take(2).map(char::from).collect();
+                out.extend(u8::from_str_radix(&hex, 16).ok());
+            }
+            other => out.push(other),
+        }
+    }
+    String::from_utf8_lossy(&out).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn queries_read_as_go_reads_them() {
+        assert_eq!(query_values("exclude=NOSPACE&exclude=COR%52UPT", "exclude"), ["NOSPACE", "CORRUPT"]);
+        assert_eq!(query_values("verbose", "verbose"), [""]);
+        assert!(query_values("a=1", "b").is_empty());
+    }
 }

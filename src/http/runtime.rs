@@ -121,8 +121,15 @@ fn run(
     let local = tokio::task::LocalSet::new();
     local.block_on(&runtime, async move {
         tokio::spawn(parts.deliveries.deliver());
-        let hub =
-            watch::run(parts.hub_config, index as u64, parts.hub, server.view.clone(), server.storage.clone(), |_| {});
+        let numbers = server.metrics.clone();
+        let hub = watch::run(
+            parts.hub_config,
+            index as u64,
+            parts.hub,
+            server.view.clone(),
+            server.storage.clone(),
+            move |stats| numbers.hubs[index.min(numbers.hubs.len() - 1)].set(stats),
+        );
         tokio::task::spawn_local(hub);
         let routes = Routes::new(Handle { server, runtime: index, watch: parts.watch });
         while let Ok((socket, serves)) = accepted.recv_async().await {
@@ -200,6 +207,6 @@ async fn answer(routes: &Routes, serves: Serves, request: Request<Incoming>) -> 
         *response.status_mut() = http::StatusCode::UNSUPPORTED_MEDIA_TYPE;
         return response;
     }
-    let response: Response<http_body_util::Full<Bytes>> = super::respond(routes.handle(), &request).await;
+    let response: Response<http_body_util::Full<Bytes>> = super::respond(routes.handle(), serves, &request).await;
     response.map(Body::new)
 }

@@ -38,7 +38,9 @@ impl actor::Proposer for Proposer {
                 }
                 // The expirer tries again when the request timeout is over.
                 Err(e) => tracing::debug!(lease = id, "a lease that ran out could not be revoked yet: {e}"),
-                Ok(_) => {}
+                Ok(_) => {
+                    server.metrics.leases_expired.fetch_add(1, Ordering::Relaxed);
+                }
             }
         });
     }

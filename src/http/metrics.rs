@@ -1,0 +1,299 @@
+//! `/metrics`: Prometheus text, etcd's names for what means the same, `actd_` for the rest.
+
+use std::{
+    fmt::Write,
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    time::Instant,
+};
+
+use bytes::Bytes;
+use http::Response;
+use http_body_util::Full;
+
+use super::{Answer, set_type};
+use crate::{
+    actor::Registry,
+    api::Handle,
+    config::ETCD_VERSION,
+    pb::etcdserverpb::AlarmType,
+    storage::Storage,
+    telemetry::{Histogram, Metrics},
+};
+
+pub fn render(handle: &Handle) -> Answer {
+    let mut out = Text::default();
+    server(&mut out, handle);
+    store(&mut out, handle);
+    disk(&mut out, &handle.server.metrics);
+    rpcs(&mut out, &handle.server.metrics);
+    actors(&mut out, &handle.server.registry);
+    process(&mut out);
+    let mut response = Response::new(Full::new(Bytes::from(out.0)));
+    set_type(&mut response, "text/plain; version=0.0.4; charset=utf-8; escaping=underscores");
+    response
+}
+
+/// Exposition text. Every family begins with its head.
+#[derive(Default)]
+struct Text(String);
+
+impl Text {
+    fn head(&mut self, name: &str, kind: &str, help: &str) -> &mut Self {
+        let _ = writeln!(self.0, "# HELP {name} {help}\n# TYPE {name} {kind}");
+        self
+    }
+
+    fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: impl std::fmt::Display) -> &mut Self {
+        self.0.push_str(name);
+        if !labels.is_empty() {
+            self.0.push('{');
+            for (i, (label, text)) in labels.iter().enumerate() {
+                let text = text.replace('\\', "\\\\").replace('"', "\\\"");
+                let _ = write!(self.0, "{}{label}=\"{text}\"", if i > 0 { "," } else { "" });
+            }
+            self.0.push('}');
+        }
+        let _ = writeln!(self.0, " {value}");
+        self
+    }
+
+    fn one(&mut self, kind: &str, name: &str, help: &str, value: impl std::fmt::Display) {
+        self.head(name, kind, help).sample(name, &[], value);
+    }
+
+    fn gauge(&mut self, name: &str, help: &str, value: impl std::fmt::Display) {
+        self.one("gauge", name, help, value);
+    }
+
+    fn counter(&mut self, name: &str, help: &str, value: &AtomicU64) {
+        self.one("counter", name, help, value.load(Relaxed));
+    }
+
+    fn histogram(&mut self, name: &str, help: &str, of: &Histogram) {
+        self.head(name, "histogram", help);
+        let (buckets, count, sum) = of.read();
+        let bucket = format!("{name}_bucket");
+        for (bound, n) in buckets {
+            self.sample(&bucket, &[("le", &bound.to_string())], n);
+        }
+        self.sample(&bucket, &[("le", "+Inf")], count);
+        self.sample(&format!("{name}_sum"), &[], sum);
+        self.sample(&format!("{name}_count"), &[], count);
+    }
+}
+
+fn server(out: &mut Text, handle: &Handle) {
+    let server = &handle.server;
+    let raft = server.raft_status.read();
+    let view = server.view.load();
+    let status = &server.raft_status;
+    out.gauge("etcd_server_has_leader", "1 while a leader is known.", u8::from(raft.leader != 0));
+    out.gauge("etcd_server_is_leader", "1 while this member leads.", u8::from(raft.is_leader));
+    out.gauge("etcd_server_is_learner", "1 while this member is a learner.", u8::from(raft.is_learner));
+    out.counter("etcd_server_leader_changes_seen_total", "Leader changes seen.", &status.leader_changes);
+    out.counter(
+        "etcd_server_heartbeat_send_failures_total",
+        "Heartbeats that could not be sent in time.",
+        &status.heartbeat_send_failures,
+    );
+    out.gauge("etcd_server_proposals_applied_total", "Newest applied log index.", view.applied_index);
+    out.gauge("etcd_server_proposals_committed_total", "Newest committed log index.", raft.commit);
+    out.gauge(
+        "etcd_server_proposals_pending",
+        "Proposals that wait to commit.",
+        status.proposals_pending.load(Relaxed),
+    );
+    out.counter("etcd_server_proposals_failed_total", "Proposals that failed.", &status.proposals_failed);
+    out.counter("etcd_server_health_success", "Successful health checks.", &server.metrics.health_ok);
+    out.counter("etcd_server_health_failures", "Failed health checks.", &server.metrics.health_failed);
+    out.gauge(
+        "etcd_server_quota_backend_bytes",
+        "Effective space quota; 0 without one.",
+        server.settings.quota_bytes.unwrap_or(0),
+    );
+    let id = format!("{:x}", server.settings.member_id);
+    out.head("etcd_server_id", "gauge", "1 on the label that holds this member's id.").sample(
+        "etcd_server_id",
+        &[("server_id", &id)],
+        1,
+    );
+    out.head("etcd_server_version", "gauge", "1 on the label that holds the version.").sample(
+        "etcd_server_version",
+        &[("server_version", ETCD_VERSION)],
+        1,
+    );
+    if let Some(version) = view.members.cluster_version() {
+        let text = version.to_string();
+        let minor = text.rsplit_once('.').map_or(text.as_str(), |(minor, _)| minor);
+        out.head("etcd_cluster_version", "gauge", "1 on the label that holds the cluster version.").sample(
+            "etcd_cluster_version",
+            &[("cluster_version", minor)],
+            1,
+        );
+    }
+    out.head("etcd_debugging_server_alarms", "gauge", "1 for each active alarm.");
+    for alarm in view.alarms.list(AlarmType::None as i32) {
+        let kind = AlarmType::try_from(alarm.alarm).map_or("UNKNOWN", |kind| kind.as_str_name());
+        let member = format!("{:x}", alarm.member_id);
+        out.sample("etcd_debugging_server_alarms", &[("server_id", &member), ("alarm_type", kind)], 1);
+    }
+    let m = &server.metrics;
+    out.counter("etcd_debugging_server_lease_expired_total", "Leases revoked because they ran out.", &m.leases_expired);
+    out.counter("etcd_debugging_lease_granted_total", "Leases granted.", &m.leases_granted);
+    out.counter("etcd_debugging_lease_revoked_total", "Leases revoked, by request or expiry.", &m.leases_gone);
+    out.counter("etcd_debugging_lease_renewed_total", "Keepalives answered with a renewal.", &m.leases_renewed);
+}
+
+fn store(out: &mut Text, handle: &Handle) {
+    let server = &handle.server;
+    let view = server.view.load();
+    let m = &server.metrics;
+    let keys = view.kv.index.count(crate::mvcc::KeyRange::ALL, view.kv.revision);
+    out.gauge("etcd_debugging_mvcc_keys_total", "Live keys.", keys);
+    out.gauge("etcd_debugging_mvcc_current_revision", "Current revision.", view.kv.revision);
+    out.gauge("etcd_debugging_mvcc_compact_revision", "Newest compact revision.", view.kv.compact_revision);
+    out.gauge(
+        "etcd_debugging_mvcc_total_put_size_in_bytes",
+        "Bytes of all records put since the start.",
+        m.put_bytes.load(Relaxed),
+    );
+    out.counter("etcd_mvcc_put_total", "Keys put.", &m.puts);
+    out.counter("etcd_mvcc_delete_total", "Keys deleted.", &m.deletes);
+    out.counter("etcd_mvcc_range_total", "Range requests.", &m.ranges);
+    out.gauge("etcd_mvcc_db_total_size_in_bytes", "Logical size: what the quota looks at.", view.kv.sizes.total);
+    out.gauge(
+        "etcd_mvcc_db_total_size_in_use_in_bytes",
+        "Logical size without what compaction has condemned.",
+        view.kv.sizes.in_use,
+    );
+    out.gauge("actd_store_disk_bytes", "Bytes of the store on disk.", server.storage.disk_bytes());
+    out.one(
+        "counter",
+        "actd_store_blocked_seconds_total",
+        "Time commits were held up by the engine, as estimated.",
+        server.storage.blocked().as_secs_f64(),
+    );
+    let sum = |of: fn(&crate::telemetry::HubNumbers) -> &AtomicU64| -> u64 {
+        m.hubs.iter().map(|hub| of(hub).load(Relaxed)).sum()
+    };
+    out.gauge("etcd_debugging_mvcc_watch_stream_total", "Open watch streams.", sum(|h| &h.streams));
+    out.gauge("etcd_debugging_mvcc_watcher_total", "Open watchers.", sum(|h| &h.watchers));
+    out.gauge("etcd_debugging_mvcc_slow_watcher_total", "Watchers that read history.", sum(|h| &h.behind));
+    out.one("counter", "etcd_debugging_mvcc_events_total", "Events handed to watchers.", sum(|h| &h.events_sent));
+    out.gauge("actd_watch_queued_bytes", "Responses queued for watch streams.", sum(|h| &h.queued_bytes));
+}
+
+fn disk(out: &mut Text, m: &Metrics) {
+    out.histogram("etcd_disk_wal_fsync_duration_seconds", "Time of one sync of the log.", &m.wal_sync);
+    out.histogram("etcd_disk_wal_write_duration_seconds", "Time of one write of the log.", &m.wal_write);
+    out.gauge("etcd_disk_wal_write_bytes_total", "Bytes written to the log.", m.wal_bytes.load(Relaxed));
+    out.histogram("actd_store_sync_duration_seconds", "Time of one background sync of the store.", &m.store_sync);
+}
+
+fn rpcs(out: &mut Text, m: &Metrics) {
+    const STARTED: &str = "grpc_server_started_total";
+    const HANDLED: &str = "grpc_server_handled_total";
+    out.head(STARTED, "counter", "Calls started.");
+    for rpc in m.rpcs.iter() {
+        let labels = [("grpc_type", rpc.kind), ("grpc_service", &rpc.service), ("grpc_method", &rpc.method)];
+        out.sample(STARTED, &labels, rpc.started.load(Relaxed));
+    }
+    out.head(HANDLED, "counter", "Calls answered, by code; of streams those that were refused at their start.");
+    for rpc in m.rpcs.iter() {
+        for (code, count) in rpc.handled.iter().enumerate().filter(|(_, n)| n.load(Relaxed) > 0) {
+            let code = format!("{:?}", tonic::Code::from(code as i32));
+            // Go spells it with one l.
+            let code = if code == "Cancelled" { "Canceled" } else { &code };
+            let labels = [
+                ("grpc_type", rpc.kind),
+                ("grpc_service", rpc.service.as_str()),
+                ("grpc_method", rpc.method.as_str()),
+                ("grpc_code", if code == "Ok" { "OK" } else { code }),
+            ];
+            out.sample(HANDLED, &labels, count.load(Relaxed));
+        }
+    }
+}
+
+/// A number of an actor: name, type, help, how to read it.
+type Reading = (&'static str, &'static str, &'static str, fn(&crate::actor::stats::Snapshot) -> f64);
+
+const ACTOR: &[Reading] = &[
+    ("actd_actor_inbox_messages", "gauge", "Messages in the data lane.", |s| s.depth as f64),
+    ("actd_actor_inbox_bytes", "gauge", "Bytes in the data lane.", |s| s.bytes as f64),
+    ("actd_actor_inbox_capacity_messages", "gauge", "Messages the data lane may hold.", |s| s.capacity as f64),
+    ("actd_actor_inbox_messages_max", "gauge", "Most messages the data lane has held.", |s| s.depth_max as f64),
+    ("actd_actor_inbox_oldest_seconds", "gauge", "Age of the oldest message in hand.", |s| s.oldest_seconds),
+    ("actd_actor_paused", "gauge", "1 while only the control lane is served.", |s| f64::from(u8::from(s.paused))),
+    ("actd_actor_turns_total", "counter", "Turns taken.", |s| s.turns.count as f64),
+    ("actd_actor_busy_seconds_total", "counter", "Time spent in turns.", |s| s.turns.seconds),
+    ("actd_actor_messages_total", "counter", "Messages served.", |s| s.batch_messages as f64),
+    ("actd_actor_batch_messages_max", "gauge", "Most messages in one turn.", |s| s.batch_max as f64),
+    ("actd_actor_blocked_seconds_total", "counter", "Time held up by the next hop.", |s| s.blocked.seconds),
+    ("actd_actor_doing_seconds", "gauge", "How long the turn under way has lasted; 0 when idle.", |s| s.doing_seconds),
+];
+
+fn actors(out: &mut Text, registry: &Registry) {
+    let now = Instant::now();
+    let all: Vec<_> = registry.actors().iter().map(|actor| actor.snapshot(now)).collect();
+    for (name, kind, help, read) in ACTOR {
+        out.head(name, kind, help);
+        for actor in &all {
+            out.sample(name, &[("actor", actor.name)], read(actor));
+        }
+    }
+    for (part, help) in [("wait", "Time messages waited, by kind."), ("service", "Time spent on messages, by kind.")] {
+        let name = format!("actd_actor_{part}_seconds");
+        out.head(&name, "summary", help);
+        for actor in &all {
+            for message in &actor.kinds {
+                let value = if part == "wait" { message.wait } else { message.service };
+                let labels = [("actor", actor.name), ("message", message.name)];
+                out.sample(&format!("{name}_sum"), &labels, value.seconds);
+                out.sample(&format!("{name}_count"), &labels, value.count);
+            }
+        }
+    }
+    out.head("actd_actor_refusals_total", "counter", "Messages turned away or dropped, by reason.");
+    for actor in &all {
+        for (reason, count) in &actor.refusals {
+            out.sample("actd_actor_refusals_total", &[("actor", actor.name), ("reason", reason)], count);
+        }
+    }
+    let gates = registry.gates();
+    type GateReading = fn(&crate::actor::Gate) -> u64;
+    let readings: [(&str, &str, &str, GateReading); 5] = [
+        ("actd_gate_slots_used", "gauge", "Permits in use.", |g| g.usage().0 as u64),
+        ("actd_gate_slots", "gauge", "Permits there are.", |g| g.usage().1 as u64),
+        ("actd_gate_bytes_used", "gauge", "Bytes of permits in use.", |g| g.usage_bytes().0 as u64),
+        ("actd_gate_bytes", "gauge", "Bytes there are.", |g| g.usage_bytes().1 as u64),
+        ("actd_gate_waits_total", "counter", "How often somebody had to wait.", |g| g.waits()),
+    ];
+    for (name, kind, help, read) in readings {
+        out.head(name, kind, help);
+        for gate in &gates {
+            out.sample(name, &[("gate", gate.name())], read(gate));
+        }
+    }
+}
+
+/// Ticks of /proc times per second: fixed on Linux.
+const CLOCK_TICKS: f64 = 100.0;
+
+/// What Prometheus clients tell of their process; left out where /proc is not there.
+fn process(out: &mut Text) {
+    let Ok(stat) = std::fs::read_to_string("/proc/self/stat") else { return };
+    // The second field is the name in parentheses, which may hold anything.
+    let Some((_, fields)) = stat.rsplit_once(") ") else { return };
+    let field = |n: usize| fields.split(' ').nth(n).and_then(|text| text.parse::<f64>().ok()).unwrap_or(0.0);
+    let cpu = (field(11) + field(12)) / CLOCK_TICKS;
+    out.one("counter", "process_cpu_seconds_total", "User and system time.", cpu);
+    out.gauge("process_virtual_memory_bytes", "Virtual memory.", field(20));
+    out.gauge("process_resident_memory_bytes", "Resident memory.", field(21) * 4096.0);
+    let open = std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
+    out.gauge("process_open_fds", "Open file descriptors.", open);
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    out.gauge("process_max_fds", "Most file descriptors that may be open.", limit.current.unwrap_or(0));
+    out.gauge("os_fd_used", "Open file descriptors.", open);
+    out.gauge("os_fd_limit", "Most file descriptors that may be open.", limit.current.unwrap_or(0));
+}

@@ -1,0 +1,152 @@
+//! HTTP on the client port: health, version, metrics (M-14, M-15).
+
+mod common;
+
+use std::{
+    io::{Read, Write},
+    net::TcpStream,
+    path::Path,
+    time::Duration,
+};
+
+use actd::pb::etcdserverpb::{AlarmRequest, PutRequest};
+use common::{Client, Server};
+
+/// Status line, headers, body.
+fn ask(server: &Server, method: &str, path: &str) -> (String, String, String) {
+    let address = server.endpoint().trim_start_matches("http://").to_owned();
+    let mut socket = TcpStream::connect(&address).expect("the port answers");
+    socket.set_read_timeout(Some(Duration::from_secs(20))).expect("a timeout can be set");
+    write!(socket, "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").expect("a request goes out");
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer).expect("an answer");
+    let (head, body) = answer.split_once("\r\n\r\n").expect("a head");
+    let (status, headers) = head.split_once("\r\n").unwrap_or((head, ""));
+    (status.trim_start_matches("HTTP/1.1 ").to_owned(), headers.to_lowercase(), body.to_owned())
+}
+
+fn start() -> Server {
+    Server::start(Path::new(&common::server_under_test(env!("CARGO_BIN_EXE_actd"))), &[])
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime")
+}
+
+async fn alarm(server: &Server, action: i32, kind: i32) {
+    let request = AlarmRequest { action, member_id: 7, alarm: kind };
+    Client::connect(server).await.maintenance.alarm(request).await.expect("the alarm is set");
+}
+
+#[test]
+fn healthy_member_says_so_in_etcds_words() {
+    let server = start();
+    let (status, headers, body) = ask(&server, "GET", "/health");
+    assert_eq!((status.as_str(), body.as_str()), ("200 OK", r#"{"health":"true","reason":""}"#));
+    assert!(headers.contains("content-type: text/plain; charset=utf-8"));
+    let (_, headers, body) = ask(&server, "GET", "/version");
+    assert_eq!(body, r#"{"etcdserver":"3.7.1","etcdcluster":"3.7.0","storage":"3.7.0"}"#);
+    assert!(headers.contains("content-type: application/json"));
+    assert_eq!(ask(&server, "GET", "/livez").2, "ok\n");
+    assert_eq!(ask(&server, "GET", "/readyz/non_learner").2, "ok\n");
+    let verbose = ask(&server, "GET", "/readyz?verbose").2;
+    assert!(verbose.ends_with("ok\n") && verbose.contains("[+]linearizable_read ok\n"), "{verbose}");
+    assert_eq!(ask(&server, "GET", "/livez?verbose").2, "[+]serializable_read ok\nok\n");
+}
+
+#[test]
+fn wrong_methods_and_paths_are_refused_as_by_go() {
+    let server = start();
+    for path in ["/health", "/version", "/livez", "/readyz/data_corruption"] {
+        for method in ["POST", "HEAD"] {
+            let (status, headers, _) = ask(&server, method, path);
+            assert_eq!(status, "405 Method Not Allowed", "{method} {path}");
+            assert!(headers.contains("allow: get"));
+        }
+    }
+    for path in ["/", "/v2/keys", "/livez/nonsense", "/readyz/", "/members"] {
+        let (status, _, body) = ask(&server, "GET", path);
+        assert_eq!((status.as_str(), body.as_str()), ("404 Not Found", "404 page not found\n"), "{path}");
+    }
+    let (status, _, body) = ask(&server, "GET", "/v3/kv/range");
+    assert!(status.starts_with("501") && body.contains("not implemented"), "{status} {body}");
+}
+
+#[test]
+fn alarms_show_in_health_and_readiness() {
+    let server = start();
+    let runtime = runtime();
+    runtime.block_on(alarm(&server, 1, 1));
+    let (status, _, body) = ask(&server, "GET", "/health");
+    assert_eq!(
+        (status.as_str(), body.as_str()),
+        ("503 Service Unavailable", "{\"health\":\"false\",\"reason\":\"ALARM NOSPACE\"}\n")
+    );
+    assert_eq!(ask(&server, "GET", "/health?exclude=NOSPACE").0, "200 OK");
+    assert_eq!(ask(&server, "GET", "/readyz").0, "200 OK", "NOSPACE is not looked at");
+    runtime.block_on(alarm(&server, 1, 2));
+    let (status, _, body) = ask(&server, "GET", "/readyz");
+    assert_eq!(status, "503 Service Unavailable");
+    assert!(body.contains("[-]data_corruption failed: alarm activated: CORRUPT\n"), "{body}");
+    assert!(body.ends_with("\n\n"));
+    assert_eq!(ask(&server, "GET", "/readyz?exclude=data_corruption").0, "200 OK");
+    assert_eq!(ask(&server, "GET", "/livez").0, "200 OK");
+    let (_, _, body) = ask(&server, "GET", "/health?exclude=NOSPACE");
+    assert!(body.contains("ALARM CORRUPT"));
+}
+
+#[test]
+fn metrics_are_described_unique_and_move() {
+    let server = start();
+    let before = server.metric("etcd_mvcc_put_total").expect("the metric is there");
+    runtime().block_on(async {
+        let mut client = Client::connect(&server).await;
+        let put = PutRequest { key: "k".into(), value: "v".into(), ..Default::default() };
+        client.kv.put(put).await.expect("a put");
+    });
+    assert_eq!(server.metric("etcd_mvcc_put_total"), Some(before + 1.0));
+    assert_eq!(server.metric("etcd_debugging_mvcc_keys_total"), Some(1.0));
+    assert_eq!(server.metric("etcd_server_has_leader"), Some(1.0));
+
+    let (_, headers, body) = ask(&server, "GET", "/metrics");
+    assert!(headers.contains("content-type: text/plain; version=0.0.4; charset=utf-8; escaping=underscores"));
+    let mut described = std::collections::HashSet::new();
+    let mut samples = std::collections::HashSet::new();
+    for line in body.lines() {
+        if let Some(rest) = line.strip_prefix("# TYPE ") {
+            let name = rest.split(' ').next().expect("a name").to_owned();
+            assert!(described.insert(name.clone()), "{name} is described twice");
+        } else if !line.starts_with('#') && !line.is_empty() {
+            let (series, _) = line.rsplit_once(' ').expect("a value");
+            assert!(samples.insert(series.to_owned()), "{series} is there twice");
+            let name = series.split('{').next().expect("a name");
+            let family = ["_bucket", "_sum", "_count"].iter().find_map(|end| name.strip_suffix(end));
+            let known = described.contains(name) || family.is_some_and(|f| described.contains(f));
+            assert!(known, "{name} has no head");
+        }
+    }
+    for actor in ["raft", "wal", "apply", "lease_expirer", "checkpointer"] {
+        assert!(body.contains(&format!("actd_actor_messages_total{{actor=\"{actor}\"}}")), "{actor} is not told of");
+    }
+}
+
+#[test]
+fn promtool_reads_the_metrics() {
+    let Some(promtool) = common::require_tool("promtool") else { return };
+    let server = start();
+    let (_, _, body) = ask(&server, "GET", "/metrics");
+    let mut child = std::process::Command::new(promtool)
+        .args(["check", "metrics"])
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .expect("promtool starts");
+    child.stdin.take().expect("piped").write_all(body.as_bytes()).expect("it reads");
+    let output = child.wait_with_output().expect("it ends");
+    // Exit 3: only remarks about names, and those are etcd's.
+    let text = String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
+    assert!(matches!(output.status.code(), Some(0 | 3)), "promtool: {text}");
+    let ours: Vec<&str> = text.lines().filter(|line| line.starts_with("actd_")).collect();
+    assert!(ours.is_empty(), "remarks about our own names: {ours:#?}");
+}
