@@ -8,7 +8,7 @@ use tonic::{Request, Response, Status};
 use super::{Handle, validate};
 use crate::{
     apply::{self, View},
-    mvcc::{self, range, txn},
+    mvcc::{self, KeyRange, range, txn},
     pb::etcdserverpb::{
         CompactionRequest, CompactionResponse, DeleteRangeRequest, DeleteRangeResponse, InternalRaftRequest,
         PutRequest, PutResponse, RangeRequest, RangeResponse, RangeStreamResponse, TxnRequest, TxnResponse,
@@ -38,8 +38,15 @@ impl Kv for Handle {
         validate::range(&req)?;
         self.server.metrics.ranges.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let view = self.view_for(req.serializable).await?;
-        let (view, mut response) =
-            self.server.read(view, |view| range::range(&view.kv, &*self.server.storage, &req))?;
+        let server = self.server.clone();
+        let is_long = is_long(&view, &req);
+        let read = move || server.read(view, |view| range::range(&view.kv, &*server.storage, &req));
+        let (view, mut response) = if is_long {
+            // Beside the connections of this runtime, which would wait for it.
+            tokio::task::spawn_blocking(read).await.map_err(|e| Status::internal(e.to_string()))??
+        } else {
+            read()?
+        };
         response.header = Some(self.server.header(view.kv.revision, view.applied_term));
         Ok(Response::new(response))
     }
@@ -174,6 +181,22 @@ impl Iterator for StreamState {
             }
         }
     }
+}
+
+/// Keys a read may look at on the thread of its connection.
+const SHORT_READ_KEYS: usize = 1_000;
+
+/// Whether a range may look at so many keys that others would notice. The index tells without reading.
+fn is_long(view: &View, req: &RangeRequest) -> bool {
+    let keys_in_order = range::RangeCursor::supports(req);
+    if req.range_end.is_empty()
+        || req.count_only
+        || (keys_in_order && (1..=SHORT_READ_KEYS as i64).contains(&req.limit))
+    {
+        return false;
+    }
+    let range = KeyRange::new(&req.key, &req.range_end);
+    view.kv.index.count(range, view.kv.revision) > SHORT_READ_KEYS
 }
 
 /// At least one range, and none that asks for more than local state.

@@ -1,0 +1,273 @@
+//! Requests over the limits and malformed ones get etcd's status and text; clients that vanish leave nothing behind
+//! (G-10, G-11, H-57, W-1, W-11; transport rows of the error table).
+
+mod common;
+
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use actd::pb::etcdserverpb::{
+    PutRequest, RangeRequest, WatchCancelRequest, WatchCreateRequest, WatchRequest, watch_request::RequestUnion,
+};
+use bytes::{Buf, BufMut, Bytes};
+use common::{Client, Server};
+use tokio_stream::wrappers::UnboundedReceiverStream;
+use tonic::{
+    Code, Status,
+    codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
+    transport::{Channel, Endpoint},
+};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+fn start(flags: &[&str]) -> Server {
+    Server::start(Path::new(&common::server_under_test(env!("CARGO_BIN_EXE_actd"))), flags)
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime")
+}
+
+/// Messages as they are, whatever they hold.
+#[derive(Clone, Default)]
+struct RawCodec;
+
+impl Codec for RawCodec {
+    type Encode = Bytes;
+    type Decode = Bytes;
+    type Encoder = RawCodec;
+    type Decoder = RawCodec;
+
+    fn encoder(&mut self) -> RawCodec {
+        RawCodec
+    }
+
+    fn decoder(&mut self) -> RawCodec {
+        RawCodec
+    }
+}
+
+impl Encoder for RawCodec {
+    type Item = Bytes;
+    type Error = Status;
+
+    fn encode(&mut self, item: Bytes, buf: &mut EncodeBuf<'_>) -> Result<(), Status> {
+        buf.put(item);
+        Ok(())
+    }
+}
+
+impl Decoder for RawCodec {
+    type Item = Bytes;
+    type Error = Status;
+
+    fn decode(&mut self, buf: &mut DecodeBuf<'_>) -> Result<Option<Bytes>, Status> {
+        Ok(Some(buf.copy_to_bytes(buf.remaining())))
+    }
+}
+
+async fn channel(server: &Server) -> Channel {
+    Endpoint::from_shared(server.endpoint()).expect("an address").connect().await.expect("a connection")
+}
+
+async fn raw_call(server: &Server, path: &'static str, message: &'static [u8]) -> Result<Bytes, Status> {
+    let mut grpc = tonic::client::Grpc::new(channel(server).await);
+    grpc.ready().await.expect("ready");
+    let path = http::uri::PathAndQuery::from_static(path);
+    let request = tonic::Request::new(Bytes::from_static(message));
+    grpc.unary(request, path, RawCodec).await.map(tonic::Response::into_inner)
+}
+
+fn put(bytes: usize) -> PutRequest {
+    PutRequest { key: "k".into(), value: vec![b'x'; bytes].into(), ..Default::default() }
+}
+
+/// Waits until a metric has the value.
+fn until_metric(server: &Server, name: &str, value: f64) {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let now = server.metric(name);
+        if now == Some(value) {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{name} is {now:?}, not {value}");
+        common::pause();
+    }
+}
+
+#[test]
+fn requests_over_the_limits_get_etcds_status() {
+    let server = start(&[]);
+    runtime().block_on(async {
+        let mut client = Client::connect(&server).await;
+        // G-10: the encoded proposal.
+        let status = client.kv.put(put(1_572_864)).await.expect_err("too large");
+        assert_eq!((status.code(), status.message()), (Code::InvalidArgument, "etcdserver: request is too large"));
+        // G-11: the message itself.
+        let status = client.kv.put(put(2_200_000)).await.expect_err("larger than any message");
+        assert_eq!(status.code(), Code::ResourceExhausted);
+        assert!(
+            status.message().starts_with("grpc: received message larger than max (22000")
+                && status.message().ends_with(" vs. 2097152)"),
+            "{}",
+            status.message()
+        );
+        client.kv.put(put(1_500_000)).await.expect("below both limits");
+        // An answer has no limit of the server's.
+        let range = RangeRequest { key: "k".into(), ..Default::default() };
+        assert_eq!(client.kv.range(range).await.expect("a read").into_inner().kvs.len(), 1);
+    });
+}
+
+#[test]
+fn malformed_messages_and_unknown_paths_get_grpcs_texts() {
+    let server = start(&[]);
+    runtime().block_on(async {
+        let status = raw_call(&server, "/etcdserverpb.KV/Put", b"\x0a\xff").await.expect_err("cut short");
+        assert_eq!(status.code(), Code::Internal);
+        assert!(status.message().starts_with("grpc: error unmarshalling request: "), "{}", status.message());
+
+        let status = raw_call(&server, "/etcdserverpb.Nothing/Put", b"").await.expect_err("no such service");
+        assert_eq!((status.code(), status.message()), (Code::Unimplemented, "unknown service etcdserverpb.Nothing"));
+
+        let status = raw_call(&server, "/etcdserverpb.KV/Nothing", b"").await.expect_err("no such method");
+        assert_eq!(
+            (status.code(), status.message()),
+            (Code::Unimplemented, "unknown method Nothing for service etcdserverpb.KV")
+        );
+
+        let status = raw_call(&server, "/etcdserverpb.KV/Put", b"").await.expect_err("an empty key");
+        assert_eq!((status.code(), status.message()), (Code::InvalidArgument, "etcdserver: key is not provided"));
+
+        // Services that are not there yet say so.
+        for path in ["/v3lockpb.Lock/Lock", "/etcdserverpb.Auth/UserAdd", "/etcdserverpb.Cluster/MemberAdd"] {
+            let status = raw_call(&server, path, b"").await.expect_err("not yet");
+            assert_eq!(status.code(), Code::Unimplemented, "{path}");
+            assert!(status.message().starts_with("not implemented: "), "{path}: {}", status.message());
+        }
+    });
+}
+
+fn create() -> WatchRequest {
+    let create = WatchCreateRequest { key: "k".into(), ..Default::default() };
+    WatchRequest { request_union: Some(RequestUnion::CreateRequest(create)) }
+}
+
+#[test]
+fn two_thousand_streams_on_one_connection_and_none_left_when_it_goes() {
+    let server = start(&[]);
+    let runtime = runtime();
+    runtime.block_on(async {
+        let client = Client::connect(&server).await;
+        let mut streams = Vec::new();
+        for _ in 0..2_000 {
+            let (requests, outgoing) = tokio::sync::mpsc::unbounded_channel();
+            requests.send(create()).expect("just opened");
+            let mut watch = client.watch.clone();
+            let mut stream = watch.watch(UnboundedReceiverStream::new(outgoing)).await.expect("a stream").into_inner();
+            let created = tokio::time::timeout(PATIENCE, stream.message()).await.expect("in time");
+            assert!(created.expect("no error").expect("an answer").created);
+            streams.push((requests, stream));
+        }
+        until_metric(&server, "etcd_debugging_mvcc_watch_stream_total", 2_000.0);
+        let mut kv = client.kv.clone();
+        kv.put(put(3)).await.expect("a put");
+        for (_, stream) in &mut streams {
+            let event = tokio::time::timeout(PATIENCE, stream.message()).await.expect("in time");
+            assert_eq!(event.expect("no error").expect("an event").events.len(), 1);
+        }
+    });
+    // The client vanishes with all its streams.
+    drop(runtime);
+    until_metric(&server, "etcd_debugging_mvcc_watch_stream_total", 0.0);
+    until_metric(&server, "etcd_debugging_mvcc_watcher_total", 0.0);
+    assert_eq!(server.metric("actd_gate_slots_used{gate=\"proposals\"}"), Some(0.0));
+}
+
+#[test]
+fn half_closed_stream_goes_on_and_created_watchers_can_be_cancelled() {
+    let server = start(&[]);
+    runtime().block_on(async {
+        let mut client = Client::connect(&server).await;
+        // W-11: the requests' side ends, the events go on.
+        let only = tokio_stream::iter([create()]);
+        let mut stream = client.watch.watch(only).await.expect("a stream").into_inner();
+        assert!(stream.message().await.expect("no error").expect("an answer").created);
+        client.kv.put(put(1)).await.expect("a put");
+        assert_eq!(stream.message().await.expect("no error").expect("an event").events.len(), 1);
+        drop(stream);
+
+        // H-57: many pairs of create and cancel leave no watcher.
+        let (requests, outgoing) = tokio::sync::mpsc::unbounded_channel();
+        let mut stream =
+            client.watch.watch(UnboundedReceiverStream::new(outgoing)).await.expect("a stream").into_inner();
+        for watch_id in 0..5_000 {
+            requests.send(create()).expect("open");
+            let cancel = WatchCancelRequest { watch_id };
+            let request = WatchRequest { request_union: Some(RequestUnion::CancelRequest(cancel)) };
+            requests.send(request).expect("open");
+        }
+        for answer in 0..10_000 {
+            let response = tokio::time::timeout(PATIENCE, stream.message()).await.expect("in time");
+            let response = response.expect("no error").expect("an answer");
+            assert_eq!((response.watch_id, response.canceled), (answer / 2, answer % 2 == 1));
+        }
+        until_metric(&server, "etcd_debugging_mvcc_watcher_total", 0.0);
+    });
+}
+
+#[test]
+fn stream_limit_holds_when_it_is_set() {
+    let server = start(&["--max-concurrent-streams=3"]);
+    runtime().block_on(async {
+        let client = Client::connect(&server).await;
+        let mut held = Vec::new();
+        for _ in 0..3 {
+            let (requests, outgoing) = tokio::sync::mpsc::unbounded_channel::<WatchRequest>();
+            requests.send(create()).expect("just opened");
+            let mut watch = client.watch.clone();
+            held.push((requests, watch.watch(UnboundedReceiverStream::new(outgoing)).await.expect("a stream")));
+        }
+        let mut kv = client.kv.clone();
+        let range = RangeRequest { key: "k".into(), ..Default::default() };
+        let fourth = tokio::time::timeout(Duration::from_millis(500), kv.range(range)).await;
+        assert!(fourth.is_err(), "a fourth stream waits for its turn: {fourth:?}");
+    });
+}
+
+#[test]
+fn two_servers_on_one_port_are_refused() {
+    let server = start(&[]);
+    let folder = tempfile::tempdir().expect("a folder");
+    let output = std::process::Command::new(common::server_under_test(env!("CARGO_BIN_EXE_actd")))
+        .args(["--data-dir", &folder.path().display().to_string()])
+        .args(["--listen-client-urls", &server.endpoint(), "--advertise-client-urls", &server.endpoint()])
+        .output()
+        .expect("it runs");
+    assert_eq!(output.status.code(), Some(1));
+    let log = String::from_utf8_lossy(&output.stderr);
+    assert!(log.contains("cannot listen on") && log.contains("in use"), "{log}");
+}
+
+#[test]
+fn second_process_on_one_data_directory_is_refused() {
+    let server = start(&[]);
+    // D-28
+    let [port] = common::free_ports();
+    let endpoint = format!("http://127.0.0.1:{port}");
+    let data = std::fs::read_dir(server.folder())
+        .expect("the server's folder")
+        .map(|entry| entry.expect("an entry").path())
+        .find(|path| path.join("member").is_dir())
+        .expect("a data directory");
+    let output = std::process::Command::new(common::server_under_test(env!("CARGO_BIN_EXE_actd")))
+        .args(["--data-dir", &data.display().to_string()])
+        .args(["--listen-client-urls", &endpoint, "--advertise-client-urls", &endpoint])
+        .output()
+        .expect("it runs");
+    assert_eq!(output.status.code(), Some(1), "{}", String::from_utf8_lossy(&output.stderr));
+    let log = String::from_utf8_lossy(&output.stderr);
+    assert!(log.contains("lock") || log.contains("in use") || log.contains("another process"), "{log}");
+}
