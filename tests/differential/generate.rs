@@ -56,6 +56,8 @@ pub enum Step {
     Sync {
         progress: bool,
     },
+    /// Before history goes: waits as `Sync` does, and ends the watchers whose fate would depend on timing.
+    Settle,
     /// Ends stream `.0` and opens another.
     WatchReopen(usize),
 }
@@ -462,11 +464,7 @@ impl Generator {
         };
         let compact = CompactionRequest { revision, physical: self.rng.random_bool(0.5) };
         self.queue.push_back(Step::Call(Request::Compact(compact)));
-        if revision > self.compacted && revision <= self.revision || revision <= 0 {
-            Step::Sync { progress: false }
-        } else {
-            self.step()
-        }
+        if revision > self.compacted && revision <= self.revision || revision <= 0 { Step::Settle } else { self.step() }
     }
 
     fn grant(&mut self) -> LeaseGrantRequest {

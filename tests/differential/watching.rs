@@ -36,6 +36,8 @@ struct Watcher {
     next: i64,
     /// Its start, where that is the compact revision: only the newest record of each key is left there (KV-79).
     at_compaction: Option<i64>,
+    /// Known to be synced: it began at a revision still to come, or has got events.
+    synced: bool,
     state: State,
 }
 
@@ -216,6 +218,7 @@ impl WatchPair {
             prev_kv: request.prev_kv,
             fragment: request.fragment,
             next: if start == 0 { revision + 1 } else { start },
+            synced: start == 0 || start > revision,
             at_compaction: (start > 0 && start == compacted).then_some(start),
             state: if dead { State::Compacted } else { State::Live },
         });
@@ -252,6 +255,16 @@ impl WatchPair {
         }
     }
 
+    /// Cancels the watchers that a compaction might meet while they still wait to be walked (W-55, W-18): whether it does
+    /// is a matter of timing.
+    pub async fn settle(&mut self, identities: &[Identity; 2]) {
+        let waiting = |watcher: &&Watcher| watcher.state == State::Live && !watcher.synced;
+        let ids: Vec<i64> = self.watchers.iter().filter(waiting).map(|watcher| watcher.id).collect();
+        for id in ids {
+            self.cancel(identities, id).await;
+        }
+    }
+
     pub fn send_nothing(&self) {
         self.sides.iter().for_each(|side| side.send(None));
     }
@@ -281,6 +294,7 @@ impl WatchPair {
                     }
                     compared += self.compare(number, &expected) as u64;
                     let watcher = &mut self.watchers[number];
+                    watcher.synced |= !expected.is_empty();
                     watcher.next = watcher.next.max(revision + 1);
                 }
             }
