@@ -327,7 +327,8 @@ impl WatchPair {
             side.progress = None;
             let deadline = Instant::now() + ANSWER_WITHIN;
             while side.progress.is_none() {
-                assert!(Instant::now() < deadline, "W-42: no answer to progress requests from {}", side.name);
+                let (who, watchers) = (side.name, &self.watchers);
+                assert!(Instant::now() < deadline, "W-42: no answer to progress requests from {who}: {watchers:#?}");
                 side.send(Some(RequestUnion::ProgressRequest(WatchProgressRequest {})));
                 if let Ok(Some(Ok(response))) = timeout(PROGRESS_RETRY, side.responses.recv()).await {
                     side.take(response, identity);
