@@ -32,6 +32,8 @@ struct Watcher {
     no_delete: bool,
     prev_kv: bool,
     fragment: bool,
+    /// As asked for; 0 is now.
+    start: i64,
     /// The first revision not yet compared.
     next: i64,
     /// Its start, where that is the compact revision: only the newest record of each key is left there (KV-79).
@@ -217,6 +219,7 @@ impl WatchPair {
             no_delete: request.filters.contains(&1),
             prev_kv: request.prev_kv,
             fragment: request.fragment,
+            start,
             next: if start == 0 { revision + 1 } else { start },
             synced: start == 0 || start > revision,
             at_compaction: (start > 0 && start == compacted).then_some(start),
@@ -317,7 +320,7 @@ impl WatchPair {
     /// Whether a progress request must be answered soon: all watchers synced, none in the future or dead (W-43).
     pub fn answers_progress(&self, revision: i64) -> bool {
         let mut active = self.watchers.iter().filter(|watcher| watcher.state != State::Cancelled).peekable();
-        active.peek().is_some() && active.all(|w| w.state == State::Live && w.next <= revision + 1)
+        active.peek().is_some() && active.all(|w| w.state == State::Live && w.start <= revision)
     }
 
     /// Asks both for progress (W-42), again and again as etcd drops the request while a watcher is not synced (W-43).
