@@ -56,6 +56,8 @@ pub enum Step {
     Sync {
         progress: bool,
     },
+    /// Before history goes: waits as `Sync` does, and ends the watchers whose fate would depend on timing.
+    Settle,
     /// Ends stream `.0` and opens another.
     WatchReopen(usize),
 }
@@ -111,7 +113,11 @@ impl Generator {
             500..590 => Step::Call(Request::DeleteRange(self.delete())),
             590..800 => {
                 let flat = self.spare_old && !self.armed.is_empty();
-                Step::Call(Request::Txn(self.txn(if flat { NESTING_MAX } else { 0 })))
+                let mut txn = self.txn(if flat { NESTING_MAX } else { 0 });
+                if deletes_from_key(&txn) {
+                    ignore_nothing(&mut txn);
+                }
+                Step::Call(Request::Txn(txn))
             }
             800..815 => self.compact(),
             815..850 => Step::Call(Request::LeaseGrant(self.grant())),
@@ -462,11 +468,7 @@ impl Generator {
         };
         let compact = CompactionRequest { revision, physical: self.rng.random_bool(0.5) };
         self.queue.push_back(Step::Call(Request::Compact(compact)));
-        if revision > self.compacted && revision <= self.revision || revision <= 0 {
-            Step::Sync { progress: false }
-        } else {
-            self.step()
-        }
+        if revision > self.compacted && revision <= self.revision || revision <= 0 { Step::Settle } else { self.step() }
     }
 
     fn grant(&mut self) -> LeaseGrantRequest {
@@ -538,6 +540,27 @@ impl Generator {
             prev_kv: self.rng.random_bool(0.4),
             watch_id: if self.rng.random_bool(0.3) { self.watch_id() } else { 0 },
             fragment: self.rng.random_bool(0.3),
+        }
+    }
+}
+
+/// Whether there is a delete that the check for duplicate keys does not see (KV-65).
+fn deletes_from_key(txn: &TxnRequest) -> bool {
+    txn.success.iter().chain(&txn.failure).any(|operation| match &operation.request {
+        Some(request_op::Request::RequestDeleteRange(delete)) => *delete.range_end == *b"\0",
+        Some(request_op::Request::RequestTxn(inner)) => deletes_from_key(inner),
+        _ => false,
+    })
+}
+
+/// A put that keeps a value or lease which the same transaction has deleted ends the process of any etcd: the key was
+/// there when it was checked (KV-58).
+fn ignore_nothing(txn: &mut TxnRequest) {
+    for operation in txn.success.iter_mut().chain(&mut txn.failure) {
+        match &mut operation.request {
+            Some(request_op::Request::RequestPut(put)) => (put.ignore_value, put.ignore_lease) = (false, false),
+            Some(request_op::Request::RequestTxn(inner)) => ignore_nothing(inner),
+            _ => {}
         }
     }
 }

@@ -162,6 +162,12 @@ async fn session(reference: &Path, subject: &Path, seed: u64, requests: u64, his
                 }
                 observer.forget_below(run.generator.compacted);
             }
+            Step::Settle => {
+                run.sync(&mut observer, &mut streams, histogram).await;
+                for stream in &mut streams {
+                    stream.settle(&run.identities).await;
+                }
+            }
             Step::WatchReopen(stream) => watchers[stream] = WATCHERS_MAX,
         }
         if let Some(stream) = watchers.iter().position(|count| *count >= WATCHERS_MAX) {

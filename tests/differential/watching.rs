@@ -32,10 +32,14 @@ struct Watcher {
     no_delete: bool,
     prev_kv: bool,
     fragment: bool,
+    /// As asked for; 0 is now.
+    start: i64,
     /// The first revision not yet compared.
     next: i64,
     /// Its start, where that is the compact revision: only the newest record of each key is left there (KV-79).
     at_compaction: Option<i64>,
+    /// Known to be synced: it began at a revision still to come, or has got events.
+    synced: bool,
     state: State,
 }
 
@@ -215,7 +219,9 @@ impl WatchPair {
             no_delete: request.filters.contains(&1),
             prev_kv: request.prev_kv,
             fragment: request.fragment,
+            start,
             next: if start == 0 { revision + 1 } else { start },
+            synced: start == 0 || start > revision,
             at_compaction: (start > 0 && start == compacted).then_some(start),
             state: if dead { State::Compacted } else { State::Live },
         });
@@ -252,6 +258,16 @@ impl WatchPair {
         }
     }
 
+    /// Cancels the watchers that a compaction might meet while they still wait to be walked (W-55, W-18): whether it does
+    /// is a matter of timing.
+    pub async fn settle(&mut self, identities: &[Identity; 2]) {
+        let waiting = |watcher: &&Watcher| watcher.state == State::Live && !watcher.synced;
+        let ids: Vec<i64> = self.watchers.iter().filter(waiting).map(|watcher| watcher.id).collect();
+        for id in ids {
+            self.cancel(identities, id).await;
+        }
+    }
+
     pub fn send_nothing(&self) {
         self.sides.iter().for_each(|side| side.send(None));
     }
@@ -281,6 +297,7 @@ impl WatchPair {
                     }
                     compared += self.compare(number, &expected) as u64;
                     let watcher = &mut self.watchers[number];
+                    watcher.synced |= !expected.is_empty();
                     watcher.next = watcher.next.max(revision + 1);
                 }
             }
@@ -303,7 +320,7 @@ impl WatchPair {
     /// Whether a progress request must be answered soon: all watchers synced, none in the future or dead (W-43).
     pub fn answers_progress(&self, revision: i64) -> bool {
         let mut active = self.watchers.iter().filter(|watcher| watcher.state != State::Cancelled).peekable();
-        active.peek().is_some() && active.all(|w| w.state == State::Live && w.next <= revision + 1)
+        active.peek().is_some() && active.all(|w| w.state == State::Live && w.start <= revision)
     }
 
     /// Asks both for progress (W-42), again and again as etcd drops the request while a watcher is not synced (W-43).
@@ -313,7 +330,8 @@ impl WatchPair {
             side.progress = None;
             let deadline = Instant::now() + ANSWER_WITHIN;
             while side.progress.is_none() {
-                assert!(Instant::now() < deadline, "W-42: no answer to progress requests from {}", side.name);
+                let (who, watchers) = (side.name, &self.watchers);
+                assert!(Instant::now() < deadline, "W-42: no answer to progress requests from {who}: {watchers:#?}");
                 side.send(Some(RequestUnion::ProgressRequest(WatchProgressRequest {})));
                 if let Ok(Some(Ok(response))) = timeout(PROGRESS_RETRY, side.responses.recv()).await {
                     side.take(response, identity);
