@@ -1,0 +1,229 @@
+//! What a member refuses to start on, each with a text that says what to do, and a full disk (D-23, D-24, D-28).
+
+mod common;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+    time::{Duration, Instant},
+};
+
+use actd::pb::etcdserverpb::{PutRequest, RangeRequest};
+use common::{Client, Server};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn program() -> PathBuf {
+    common::server_under_test(env!("CARGO_BIN_EXE_actd"))
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime")
+}
+
+/// Starts a member on `data` that is expected to end by itself.
+fn try_start(data: &Path) -> Output {
+    let [port] = common::free_ports();
+    let endpoint = format!("http://127.0.0.1:{port}");
+    Command::new(program())
+        .args(["--data-dir", &data.display().to_string()])
+        .args(["--listen-client-urls", &endpoint, "--advertise-client-urls", &endpoint])
+        .output()
+        .expect("it runs")
+}
+
+fn refused(data: &Path, words: &[&str]) {
+    let output = try_start(data);
+    let log = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{log}");
+    for word in words {
+        assert!(log.contains(word), "{word:?} is not in:\n{log}");
+    }
+}
+
+async fn fill(server: &Server, from: u64, count: u64) {
+    let mut client = Client::connect(server).await;
+    for i in from..from + count {
+        let put = PutRequest { key: format!("k{i}").into(), value: vec![b'v'; 100].into(), ..Default::default() };
+        client.kv.put(put).await.expect("a put");
+    }
+}
+
+fn data_dir(server: &Server) -> PathBuf {
+    fs::read_dir(server.folder())
+        .expect("the server's folder")
+        .map(|entry| entry.expect("an entry").path())
+        .find(|path| path.join("member").is_dir())
+        .expect("a data directory")
+}
+
+fn copy(from: &Path, to: &Path) {
+    let done = Command::new("cp").arg("-a").arg(from).arg(to).status().expect("cp runs");
+    assert!(done.success());
+}
+
+/// A member's data after some puts and checkpoints, with the log's first segments in place.
+fn filled(flags: &[&str]) -> (tempfile::TempDir, PathBuf) {
+    let mut server = Server::start(&program(), flags);
+    runtime().block_on(fill(&server, 0, 300));
+    // A checkpoint follows a sync of the store, twice a second.
+    let deadline = Instant::now() + PATIENCE;
+    while server.metric("actd_store_sync_duration_seconds_count").is_none_or(|n| n < 2.0) {
+        assert!(Instant::now() < deadline, "the store is never synced");
+        runtime().block_on(fill(&server, 0, 20));
+        common::pause();
+    }
+    assert_eq!(server.terminate(), Some(143));
+    let folder = tempfile::tempdir().expect("a folder");
+    let data = folder.path().join("data");
+    copy(&data_dir(&server), &data);
+    (folder, data)
+}
+
+fn wal_files(data: &Path) -> Vec<PathBuf> {
+    let mut files: Vec<PathBuf> = fs::read_dir(data.join("member/wal"))
+        .expect("the log")
+        .map(|entry| entry.expect("an entry").path())
+        .filter(|path| path.extension().is_some_and(|e| e == "wal"))
+        .collect();
+    files.sort();
+    files
+}
+
+#[test]
+fn foreign_database_is_refused_and_kept() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let snap = folder.path().join("member/snap");
+    fs::create_dir_all(&snap).expect("a folder");
+    fs::write(snap.join("db"), b"some database").expect("a file");
+    refused(folder.path(), &["member/snap/db"]);
+    assert_eq!(fs::read(snap.join("db")).expect("still there"), b"some database");
+}
+
+#[test]
+fn store_without_its_log_and_log_without_its_store_are_refused() {
+    let (_folder, data) = filled(&["--snapshot-count=50", "--snapshot-catchup-entries=10"]);
+    // The log was replaced by a new one: the store is ahead of it.
+    let kept = data.join("kept-wal");
+    fs::rename(data.join("member/wal"), &kept).expect("a move");
+    refused(&data, &["the log was lost or replaced"]);
+    fs::remove_dir_all(data.join("member/wal")).expect("the new log goes");
+    fs::rename(&kept, data.join("member/wal")).expect("a move");
+    // The store is gone, and the log begins after a checkpoint (D-24).
+    let kept = data.join("kept-store");
+    fs::rename(data.join("member/store"), &kept).expect("a move");
+    refused(&data, &["there was a store"]);
+}
+
+#[test]
+fn damage_in_the_middle_is_refused_and_a_torn_end_is_cut() {
+    let (_folder, data) = filled(&[]);
+    let file = wal_files(&data).pop().expect("a segment");
+    let whole = fs::read(&file).expect("the segment");
+    // Some bytes of a record far from the end.
+    let mut damaged = whole.clone();
+    for byte in &mut damaged[5_000..5_004] {
+        *byte ^= 0x55;
+    }
+    fs::write(&file, &damaged).expect("written");
+    let name = file.file_name().expect("a name").to_string_lossy().into_owned();
+    refused(&data, &[&name, "offset"]);
+
+    // A record that was being written when the power went: dropped, with a copy of the file kept.
+    let end = (whole.iter().rposition(|byte| *byte != 0).expect("records") / 8 + 1) * 8;
+    let mut torn = whole[..end].to_vec();
+    torn.extend_from_slice(&64_u64.to_le_bytes());
+    torn.extend_from_slice(b"\x08\x02\x10 half");
+    fs::write(&file, &torn).expect("written");
+    let mut server = Server::start(&program(), &[]);
+    server.kill();
+    let own = data_dir(&server);
+    fs::remove_dir_all(&own).expect("the server's own data goes");
+    copy(&data, &own);
+    server.restart();
+    assert!(server.stderr_tail().contains("cut the torn end"), "{}", server.stderr_tail());
+    runtime().block_on(async {
+        let mut client = Client::connect(&server).await;
+        let range = RangeRequest { key: "k0".into(), ..Default::default() };
+        assert_eq!(client.kv.range(range).await.expect("a read").into_inner().count, 1);
+    });
+}
+
+#[test]
+fn member_without_fsync_serves_and_restarts() {
+    let mut server = Server::start(&program(), &["--unsafe-no-fsync"]);
+    runtime().block_on(fill(&server, 0, 100));
+    assert_eq!(server.metric("etcd_disk_wal_fsync_duration_seconds_count").map(|n| n < 50.0), Some(true));
+    server.kill();
+    server.restart();
+    runtime().block_on(async {
+        let mut client = Client::connect(&server).await;
+        let range = RangeRequest { key: "k".into(), range_end: "l".into(), ..Default::default() };
+        assert_eq!(client.kv.range(range).await.expect("a read").into_inner().count, 100);
+    });
+}
+
+/// A small file system of its own; `None` where the kernel does not let us have one.
+struct SmallDisk(tempfile::TempDir);
+
+impl SmallDisk {
+    fn new(megabytes: u32) -> Option<Self> {
+        let folder = tempfile::tempdir().expect("a folder");
+        let size = format!("size={megabytes}m");
+        let mount = Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(folder.path()).output();
+        mount.is_ok_and(|output| output.status.success()).then_some(Self(folder))
+    }
+
+    fn grow(&self, megabytes: u32) {
+        let size = format!("remount,size={megabytes}m");
+        let done = Command::new("mount").args(["-o", &size]).arg(self.0.path()).status().expect("mount runs");
+        assert!(done.success());
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(self.0.path()).status();
+    }
+}
+
+#[test]
+fn full_disk_ends_the_process_and_loses_nothing_acknowledged() {
+    let Some(disk) = SmallDisk::new(150) else {
+        println!("left out: no small file system can be mounted here");
+        return;
+    };
+    let mut server = Server::start_in(disk.0.path(), &program(), &[]);
+    let acknowledged = runtime().block_on(async {
+        let mut client = Client::connect(&server).await;
+        let mut acknowledged = 0_u64;
+        // Twice the disk at most.
+        for i in 0..3_000_u64 {
+            let value = i.to_be_bytes().repeat(12_800);
+            let put = PutRequest { key: format!("k{i}").into(), value: value.into(), ..Default::default() };
+            match tokio::time::timeout(PATIENCE, client.kv.put(put)).await {
+                Ok(Ok(_)) => acknowledged += 1,
+                Ok(Err(_)) => break,
+                Err(_) => panic!("a put on a full disk is neither refused nor ended"),
+            }
+        }
+        acknowledged
+    });
+    assert!((100..2_900).contains(&acknowledged), "the disk was never full: {acknowledged} puts");
+    let log = server.stderr_tail();
+    assert!(log.contains("No space left") || log.contains("os error 28"), "the log does not say why:\n{log}");
+    server.kill();
+    disk.grow(1_500);
+    server.restart();
+    runtime().block_on(async {
+        let mut client = Client::connect(&server).await;
+        for i in 0..acknowledged {
+            let range = RangeRequest { key: format!("k{i}").into(), ..Default::default() };
+            let found = client.kv.range(range).await.expect("a read").into_inner().kvs;
+            let value = found.first().map(|kv| kv.decode_record().expect("a record").value);
+            assert_eq!(value.as_deref(), Some(&i.to_be_bytes().repeat(12_800)[..]), "k{i} was acknowledged");
+        }
+    });
+    println!("{acknowledged} puts of 100 KiB before the disk was full, all there");
+}
