@@ -19,6 +19,8 @@ mod convert;
 mod core;
 mod log;
 mod status;
+#[cfg(test)]
+mod tests;
 
 use bytes::Bytes;
 

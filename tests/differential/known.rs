@@ -128,6 +128,20 @@ pub const KNOWN: &[Known] = &[
             }
         },
     },
+    Known {
+        statement: "M-26, M-30",
+        reason: "etcd answers with a hash it kept at an older compaction even where that revision is compacted by now",
+        when: When::Always,
+        align: |request, reference, subject| {
+            if let (Request::HashKv(asked), Ok(Answer::HashKv(kept)), Err(refused)) = (request, &*reference, &*subject)
+                && refused.message == "etcdserver: mvcc: required revision has been compacted"
+                && kept.hash_revision == asked.revision
+                && kept.compact_revision < asked.revision
+            {
+                *reference = subject.clone();
+            }
+        },
+    },
 ];
 
 /// Whether this is what the check before a transaction's first operation answers.
