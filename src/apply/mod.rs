@@ -15,6 +15,8 @@ mod actor;
 mod alarms;
 mod core;
 mod error;
+#[cfg(test)]
+mod tests;
 mod ticket;
 mod view;
 
