@@ -59,8 +59,10 @@ async fn watches(client: &mut Client) -> Result<(), Error> {
     client.put("w/x", "2", None).await?;
     client.delete("w/x", None).await?;
     let mut seen = Vec::new();
+    let mut watch_id = 0;
     while seen.len() < 3 {
         let response = stream.message().await?.expect("the stream goes on");
+        watch_id = response.watch_id();
         for event in response.events() {
             let kv = event.kv().expect("an event has a record");
             seen.push((event.event_type(), kv.value().to_vec(), event.prev_kv().map(|kv| kv.value().to_vec())));
@@ -69,7 +71,7 @@ async fn watches(client: &mut Client) -> Result<(), Error> {
     assert_eq!(seen[0], (EventType::Put, b"1".to_vec(), None));
     assert_eq!(seen[1], (EventType::Put, b"2".to_vec(), Some(b"1".to_vec())));
     assert_eq!(seen[2], (EventType::Delete, Vec::new(), Some(b"2".to_vec())));
-    stream.cancel().await?;
+    stream.cancel(watch_id).await?;
     loop {
         let response = stream.message().await?.expect("the stream goes on");
         if response.canceled() {
