@@ -366,16 +366,20 @@ impl Member {
             listener.abort();
         }
         tracing::info!(connections = self.runtimes.connections(), "stopping");
-        self.server.raft.control(raft::Control::Stop);
-        let (wal_done, wal_stopped) = sync_channel(1);
-        let (apply_done, apply_stopped) = sync_channel(1);
-        self.wal.control(wal::Control::Stop(wal_done));
-        self.server.apply.control(apply::Control::Stop(apply_done));
+        let (raft, wal, apply) = (self.server.raft.clone(), self.wal, self.server.apply.clone());
         let storage = self.server.storage.clone();
         let arbiters = self.arbiters;
         let finish = tokio::task::spawn_blocking(move || {
-            let _ = wal_stopped.recv_timeout(STOP_WAIT);
-            let _ = apply_stopped.recv_timeout(STOP_WAIT);
+            // In the order of the data flow: raft takes the end of its log writer or applier for a failure.
+            let (done, stopped) = sync_channel(1);
+            raft.control(raft::Control::Stop(done));
+            let _ = stopped.recv_timeout(STOP_WAIT);
+            let (done, stopped) = sync_channel(1);
+            wal.control(wal::Control::Stop(done));
+            let _ = stopped.recv_timeout(STOP_WAIT);
+            let (done, stopped) = sync_channel(1);
+            apply.control(apply::Control::Stop(done));
+            let _ = stopped.recv_timeout(STOP_WAIT);
             if let Err(e) = storage.sync() {
                 tracing::warn!("the store could not be synced at the end: {e}; the log has everything");
             }

@@ -164,6 +164,38 @@ fn member_without_fsync_serves_and_restarts() {
     });
 }
 
+#[test]
+fn stop_under_load_is_clean_every_time() {
+    let mut server = Server::start(&program(), &[]);
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime");
+    for round in 0..10 {
+        let mut writers = Vec::new();
+        for writer in 0..16 {
+            let mut client = runtime.block_on(Client::connect(&server));
+            writers.push(runtime.spawn(async move {
+                let put = |i: u64| PutRequest { key: format!("{writer}/{i}").into(), ..Default::default() };
+                let mut i = 0;
+                while client.kv.put(put(i)).await.is_ok() {
+                    i += 1;
+                }
+                i
+            }));
+        }
+        let deadline = Instant::now() + PATIENCE;
+        let before = server.metric("etcd_mvcc_put_total").unwrap_or(0.0);
+        while server.metric("etcd_mvcc_put_total").is_none_or(|n| n < before + 100.0) {
+            assert!(Instant::now() < deadline, "no load");
+            common::pause();
+        }
+        assert_eq!(server.terminate(), Some(143), "round {round}: {}", server.stderr_tail());
+        for writer in writers {
+            runtime.block_on(writer).expect("a writer ends");
+        }
+        server.restart();
+    }
+}
+
 /// A small file system of its own; `None` where the kernel does not let us have one.
 struct SmallDisk(tempfile::TempDir);
 

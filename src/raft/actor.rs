@@ -86,9 +86,10 @@ impl Actor for RaftActor {
             }
             Control::Compact(index) => self.core.compact(index),
             Control::LogFailed => panic!("the write-ahead log failed"),
-            Control::Stop => {
+            Control::Stop(done) => {
                 self.core.stop();
                 self.on_turn_end(turn);
+                let _ = done.send(());
                 return Flow::Stop;
             }
         }

@@ -66,8 +66,8 @@ pub enum Control {
     Checkpoint { synced: u64 },
     /// The WAL has this snapshot record: memory below it may go.
     Compact(u64),
-    /// Stop taking work, fail what waits, end.
-    Stop,
+    /// Stop taking work, fail what waits, hand over what is ready, end; then tell.
+    Stop(std::sync::mpsc::SyncSender<()>),
 }
 
 pub type RaftSender = Sender<Proposal, Control>;
