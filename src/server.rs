@@ -20,7 +20,7 @@ use crate::{
     cluster::{Version, bootstrap},
     config::{Config, ETCD_VERSION},
     http::{
-        listener::{self, SocketOptions},
+        listener,
         runtime::{self, Limits, Runtimes, Serves},
     },
     lease::{self, Expirer},
@@ -130,9 +130,7 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
             quota_bytes: config.quota(),
             quota_configured: config.quota_backend_bytes,
             request_timeout,
-            election_timeout: Duration::from_millis(config.election_timeout_ms),
             min_lease_ttl,
-            warning_unary: config.slow_unary_request(),
         },
         view: view.clone(),
         storage: storage.clone(),
@@ -327,7 +325,6 @@ async fn propose_until_applied(
 }
 
 async fn listen(config: &Config, runtimes: &Arc<Runtimes>) -> anyhow::Result<Vec<tokio::task::JoinHandle<()>>> {
-    let options = SocketOptions { reuse_port: config.socket_reuse_port, reuse_address: config.socket_reuse_address };
     let on_client_port = if config.listen_client_http_urls.is_empty() { Serves::GrpcAndHttp } else { Serves::Grpc };
     let groups = [
         (&config.listen_client_urls, on_client_port),
@@ -338,7 +335,7 @@ async fn listen(config: &Config, runtimes: &Arc<Runtimes>) -> anyhow::Result<Vec
     let mut bound = Vec::new();
     for (urls, serves) in groups {
         for url in urls {
-            for listener in listener::bind(url, options).await? {
+            for listener in listener::bind(url, config.socket_reuse_port).await? {
                 bound.push((listener, serves, url));
             }
         }
@@ -356,10 +353,6 @@ async fn listen(config: &Config, runtimes: &Arc<Runtimes>) -> anyhow::Result<Vec
 const STOP_WAIT: Duration = Duration::from_secs(5);
 
 impl Member {
-    pub fn server(&self) -> &Arc<api::Server> {
-        &self.server
-    }
-
     /// Stops in phases: no new connections, waiting proposals refused, the log and the store synced.
     pub async fn stop(self) {
         for listener in &self.listeners {

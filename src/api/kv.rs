@@ -177,7 +177,7 @@ impl Iterator for StreamState {
             }
             Err(e) => {
                 self.failed = true;
-                Some(Err(mvcc_status(e)))
+                Some(Err(e.into()))
             }
         }
     }
@@ -207,8 +207,4 @@ fn only_serializable_ranges(req: &TxnRequest) -> bool {
             Some(request_op::Request::RequestRange(range)) => range.serializable,
             _ => false,
         })
-}
-
-fn mvcc_status(e: mvcc::Error) -> Status {
-    e.into()
 }

@@ -46,9 +46,7 @@ pub struct Settings {
     pub quota_configured: i64,
     /// How long a proposal or a read round may take: 5 s + 2 election timeouts.
     pub request_timeout: Duration,
-    pub election_timeout: Duration,
     pub min_lease_ttl: i64,
-    pub warning_unary: Duration,
 }
 
 /// What every handler may reach; one for the process.

@@ -11,13 +11,6 @@ use tokio::net::{TcpListener, UnixListener};
 use super::runtime::{Accepted, Runtimes, Serves};
 use crate::config::Url;
 
-/// Socket options from the configuration.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct SocketOptions {
-    pub reuse_port: bool,
-    pub reuse_address: bool,
-}
-
 pub enum Listener {
     Tcp(TcpListener),
     Unix(UnixListener),
@@ -27,7 +20,7 @@ pub enum Listener {
 const BACKLOG: i32 = 1024;
 
 /// Binds every address of `url`.
-pub async fn bind(url: &Url, options: SocketOptions) -> io::Result<Vec<Listener>> {
+pub async fn bind(url: &Url, reuse_port: bool) -> io::Result<Vec<Listener>> {
     let fail = |e: io::Error| io::Error::new(e.kind(), format!("cannot listen on {}: {e}", url.as_str()));
     if url.is_socket() {
         let path = url.socket_path();
@@ -40,7 +33,7 @@ pub async fn bind(url: &Url, options: SocketOptions) -> io::Result<Vec<Listener>
     let mut listeners = Vec::new();
     let mut last = None;
     for address in tokio::net::lookup_host(url.authority()).await.map_err(fail)? {
-        match bind_tcp(address, options) {
+        match bind_tcp(address, reuse_port) {
             Ok(listener) => listeners.push(Listener::Tcp(listener)),
             Err(e) => last = Some(e),
         }
@@ -55,12 +48,11 @@ pub async fn bind(url: &Url, options: SocketOptions) -> io::Result<Vec<Listener>
     }
 }
 
-fn bind_tcp(address: SocketAddr, options: SocketOptions) -> io::Result<TcpListener> {
+fn bind_tcp(address: SocketAddr, reuse_port: bool) -> io::Result<TcpListener> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
-    // As Go does: a port whose old connections still linger can be taken again.
+    // As Go does, whatever --socket-reuse-address says: a port whose old connections linger can be taken again.
     socket.set_reuse_address(true)?;
-    let _ = options.reuse_address;
-    if options.reuse_port {
+    if reuse_port {
         socket.set_reuse_port(true)?;
     }
     if address.is_ipv6() {

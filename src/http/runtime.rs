@@ -70,7 +70,7 @@ pub struct Parts {
 }
 
 impl Runtimes {
-    /// Starts one thread for each of `parts`. `make_server` is asked once the watch clients exist.
+    /// Starts one thread for each of `parts`.
     pub fn start(server: &Arc<Server>, parts: Vec<Parts>, limits: &Limits) -> Self {
         Self(
             parts
