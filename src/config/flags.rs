@@ -414,9 +414,11 @@ pub static TABLE: &[Group] = &[
             flag("metrics", Text(|c| &mut c.metrics), "basic",
                 "basic, or extensive for latency histograms of each method too"),
             flag("warning-apply-duration", Duration(|c| &mut c.warning_apply_duration), "100ms",
-                "applying one request longer than this is logged as a warning"),
+                "applying one request longer than this is logged as a warning")
+                .waits("warnings about slow requests"),
             flag("warning-unary-request-duration", Duration(|c| &mut c.warning_unary_request_duration), "300ms",
-                "answering one request later than this is logged as a warning; 0 means 300ms"),
+                "answering one request later than this is logged as a warning; 0 means 300ms")
+                .waits("warnings about slow requests"),
         ],
     },
     Group {
@@ -463,9 +465,11 @@ pub static TABLE: &[Group] = &[
             flag("compact-hash-check-time", Duration(|c| &mut c.compact_hash_check_time), "1m0s",
                 "how often the leader compares hashes of compactions, with gate CompactHashCheck").waits(CORRUPTION),
             flag("compaction-batch-limit", Int(|c| &mut c.compaction_batch_limit), "0",
-                "revisions looked at before a compaction pauses; 0 means 1000"),
+                "revisions looked at before a compaction pauses; 0 means 1000")
+                .waits("tuning of the clean-up"),
             flag("compaction-sleep-interval", Duration(|c| &mut c.compaction_sleep_interval), "0s",
-                "how long that pause is; 0 means 10ms"),
+                "how long that pause is; 0 means 10ms")
+                .waits("tuning of the clean-up"),
             flag("watch-progress-notify-interval", Duration(|c| &mut c.watch_progress_notify_interval), "0s",
                 "how often a quiet watch that asked for it hears how far it is; 0 means 10m"),
             flag("downgrade-check-time", Duration(|c| &mut c.downgrade_check_time), "5s",
