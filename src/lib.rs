@@ -9,6 +9,7 @@ pub mod http;
 pub mod lease;
 pub mod mvcc;
 pub mod pb;
+pub mod peer;
 pub mod raft;
 pub mod server;
 pub mod snapshot;

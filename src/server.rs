@@ -25,6 +25,7 @@ use crate::{
     },
     lease::{self, Expirer},
     pb::etcdserverpb::InternalRaftRequest,
+    peer,
     raft::{self, RaftActor},
     snapshot::{self, Checkpointer},
     storage::{Storage, layout::StoreDir},
@@ -141,6 +142,7 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
         gate,
         registry: registry.clone(),
         metrics: metrics.clone(),
+        links: Arc::new(peer::NoLinks),
         started_unix_ms: unix_ms(),
     }));
 

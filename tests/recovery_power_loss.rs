@@ -141,7 +141,11 @@ impl Member {
         let permit = gate.try_enter(1).expect("room");
         let (reply, _) = Reply::new(0);
         let deadline = Instant::now() + Duration::from_secs(600);
-        self.raft.propose(Proposal { data, ticket: Ticket { request: Box::new(request), reply, deadline, permit } });
+        self.raft.propose(Proposal {
+            data,
+            conf_change: false,
+            ticket: Ticket { request: Box::new(request), reply, deadline, permit },
+        });
         self.asked.push_back((key, value));
         self.poll();
     }

@@ -28,6 +28,7 @@ use crate::{
     lease::actor::{Ask as LeaseAsk, Control as LeaseControl},
     mvcc,
     pb::etcdserverpb::{InternalRaftRequest, RequestHeader, ResponseHeader},
+    peer::Links,
     raft::{self, Proposal, RaftSender},
     storage::fjall::FjallStorage,
     telemetry::Metrics,
@@ -62,6 +63,7 @@ pub struct Server {
     pub gate: Gate,
     pub registry: Registry,
     pub metrics: Metrics,
+    pub links: Arc<dyn Links>,
     request_counter: AtomicU64,
     /// A NOSPACE alarm has been asked for and is under way.
     alarm_asked: AtomicBool,
@@ -88,6 +90,7 @@ pub struct Parts {
     pub gate: Gate,
     pub registry: Registry,
     pub metrics: Metrics,
+    pub links: Arc<dyn Links>,
     /// Unix milliseconds at start, the seed of request ids.
     pub started_unix_ms: u64,
 }
@@ -105,6 +108,7 @@ impl Server {
             gate: parts.gate,
             registry: parts.registry,
             metrics: parts.metrics,
+            links: parts.links,
             request_counter: AtomicU64::new(parts.started_unix_ms << 8),
             alarm_asked: AtomicBool::new(false),
         }
@@ -227,7 +231,7 @@ impl Server {
         };
         let (reply, answer) = Reply::new(runtime);
         let ticket = Ticket { request: Box::new(request), reply, deadline, permit };
-        if self.raft.try_send(Proposal { data, ticket }).is_err() {
+        if self.raft.try_send(Proposal { data, conf_change: false, ticket }).is_err() {
             // The gate is smaller than the lane, so only a stopped actor refuses.
             return Err(Error::Stopped);
         }

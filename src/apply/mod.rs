@@ -29,6 +29,7 @@ pub use view::{View, ViewCell};
 
 use crate::{
     actor::{Inbox, Message, Sender},
+    cluster::Members,
     pb::{etcdserverpb as pb, raftpb::ConfChangeType},
     raft::{Answer, Committed},
 };
@@ -68,6 +69,10 @@ pub enum Response {
     LeaseGrant(pb::LeaseGrantResponse),
     LeaseRevoke(pb::LeaseRevokeResponse),
     Alarm(pb::AlarmResponse),
+    /// The members after a change of the membership.
+    Members(Members),
+    /// Not applied but asked of raft: a linearizable read may answer once this index is applied.
+    ReadIndex(u64),
     /// Applied; nothing to tell.
     Done,
 }

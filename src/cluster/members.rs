@@ -65,10 +65,10 @@ pub struct Downgrade {
 }
 
 /// Members, removed ids, cluster version and downgrade job. A clone is a snapshot and costs one pointer.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Members(Arc<State>);
 
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct State {
     members: BTreeMap<u64, Member>,
     /// Never usable again.

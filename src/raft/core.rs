@@ -8,7 +8,7 @@ use raft::{
     eraftpb::{self as rs, MessageType},
 };
 
-use super::{Answer, Append, Committed, Proposal, Reading, convert, log::MemLog};
+use super::{Answer, Append, Committed, Progress, Proposal, Reading, convert, log::MemLog};
 use crate::{
     apply::{ConfChanged, Error, Ticket},
     pb::{raftpb, walpb},
@@ -369,6 +369,24 @@ impl Core {
         }
     }
 
+    /// Hands leadership to `to`; 0: to the voter whose log has come furthest.
+    pub fn transfer(&mut self, to: u64) {
+        let raft = &self.node.raft;
+        if raft.state != StateRole::Leader {
+            return;
+        }
+        let voters = raft.prs().conf().voters().ids();
+        let best = raft
+            .prs()
+            .iter()
+            .filter(|(id, _)| **id != self.options.id && voters.contains(**id))
+            .max_by_key(|(_, p)| p.matched);
+        let to = if to == 0 { best.map(|(id, _)| *id) } else { Some(to) };
+        if let Some(to) = to {
+            self.node.transfer_leader(to);
+        }
+    }
+
     pub fn pending(&self) -> usize {
         self.pending.len() + self.queued.len()
     }
@@ -377,8 +395,8 @@ impl Core {
         self.node.store().bytes()
     }
 
-    /// For the status page: each follower's place in the log.
-    pub fn progress(&self) -> Vec<(u64, u64, u64, &'static str)> {
+    /// Each member's place in the log, this one's included; empty unless this member leads.
+    pub fn progress(&self) -> Vec<Progress> {
         if self.node.raft.state != StateRole::Leader {
             return Vec::new();
         }
@@ -387,7 +405,13 @@ impl Core {
             ProgressState::Replicate => "StateReplicate",
             ProgressState::Snapshot => "StateSnapshot",
         };
-        self.node.raft.prs().iter().map(|(id, p)| (*id, p.matched, p.next_idx, state(p.state))).collect()
+        let progress = |(id, p): (&u64, &raft::Progress)| Progress {
+            id: *id,
+            matched: p.matched,
+            next: p.next_idx,
+            state: state(p.state),
+        };
+        self.node.raft.prs().iter().map(progress).collect()
     }
 }
 

@@ -38,8 +38,9 @@ use crate::{
 /// A request to put into the log.
 #[derive(Debug)]
 pub struct Proposal {
-    /// The encoded `InternalRaftRequest`.
+    /// The encoded `InternalRaftRequest`, or the encoded `ConfChange` of a membership change.
     pub data: Bytes,
+    pub conf_change: bool,
     pub ticket: Ticket,
 }
 
@@ -66,8 +67,22 @@ pub enum Control {
     Checkpoint { synced: u64 },
     /// The WAL has this snapshot record: memory below it may go.
     Compact(u64),
+    /// Hand leadership over to this voter (0: the one that is best prepared). Refused silently if this member does not
+    /// lead: who asks watches the status.
+    Transfer { to: u64 },
+    /// Each other member's place in the log, as the leader knows it; empty on others.
+    Progress(tokio::sync::oneshot::Sender<Vec<Progress>>),
     /// Stop taking work, fail what waits, hand over what is ready, end; then tell.
     Stop(std::sync::mpsc::SyncSender<()>),
+}
+
+/// How far another member's log has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    pub id: u64,
+    pub matched: u64,
+    pub next: u64,
+    pub state: &'static str,
 }
 
 pub type RaftSender = Sender<Proposal, Control>;
