@@ -160,6 +160,7 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
             apply_lag_max: APPLY_LAG_MAX,
             catch_up_entries: config.snapshot_catchup_entries,
             catch_up_bytes: CATCH_UP_BYTES_MAX,
+            seed: ids.member.rotate_left(48) ^ (unix_ms() << 8),
         },
         opened.recovered,
     )
@@ -167,6 +168,7 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
     let wiring = raft::Wiring {
         wal: wal_tx.clone(),
         apply: apply_tx.clone(),
+        send: Box::new(|_| {}),
         replies: replies.clone(),
         status: raft_status.clone(),
         applied: applied.clone(),
@@ -206,6 +208,7 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
             alarm_server.ask_alarm(own_runtime);
         }),
         metrics: metrics.clone(),
+        install: Box::new(|install| Err(anyhow!("no snapshot {} is there", install.index))),
     };
     let (arbiter, vital) = arbiters.place("apply");
     shell::spawn(&arbiter, apply_rx, vital, move || ApplyActor::new(core, wiring));

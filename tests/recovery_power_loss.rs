@@ -144,6 +144,7 @@ impl Member {
         self.raft.propose(Proposal {
             data,
             conf_change: false,
+            id: world.sequence,
             ticket: Ticket { request: Box::new(request), reply, deadline, permit },
         });
         self.asked.push_back((key, value));

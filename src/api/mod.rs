@@ -29,7 +29,7 @@ use crate::{
     mvcc,
     pb::etcdserverpb::{InternalRaftRequest, RequestHeader, ResponseHeader},
     peer::Links,
-    raft::{self, Proposal, RaftSender},
+    raft::{self, Input, Proposal, RaftSender},
     storage::fjall::FjallStorage,
     telemetry::Metrics,
 };
@@ -216,7 +216,8 @@ impl Server {
 
     /// Puts a request into the log and waits until it is applied here.
     pub async fn propose(&self, mut request: InternalRaftRequest, runtime: usize) -> Result<Response, Error> {
-        request.header = Some(RequestHeader { id: self.next_id(), ..Default::default() });
+        let id = self.next_id();
+        request.header = Some(RequestHeader { id, ..Default::default() });
         let data = Bytes::from(request.encode_to_vec());
         if data.len() > self.settings.max_request_bytes {
             return Err(Error::RequestTooLarge);
@@ -231,7 +232,7 @@ impl Server {
         };
         let (reply, answer) = Reply::new(runtime);
         let ticket = Ticket { request: Box::new(request), reply, deadline, permit };
-        if self.raft.try_send(Proposal { data, conf_change: false, ticket }).is_err() {
+        if self.raft.try_send(Input::Propose(Proposal { data, conf_change: false, id, ticket })).is_err() {
             // The gate is smaller than the lane, so only a stopped actor refuses.
             return Err(Error::Stopped);
         }

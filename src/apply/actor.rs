@@ -8,7 +8,7 @@ use std::sync::{
 use super::{Batch, Control, Core, Replies, ViewCell, Work, core::LeaseNotice};
 use crate::{
     actor::{Actor, Turn, shell::Flow},
-    raft,
+    raft::{self, Install},
     telemetry::Metrics,
     watch,
 };
@@ -25,6 +25,8 @@ pub struct Wiring {
     /// Asks for a NOSPACE alarm.
     pub ask_alarm: Box<dyn Fn() + Send>,
     pub metrics: Metrics,
+    /// Switches to the store of a snapshot and reads its state.
+    pub install: Box<dyn FnMut(Install) -> anyhow::Result<Core> + Send>,
 }
 
 /// A watch hub as apply sees it: never waited for.
@@ -44,6 +46,29 @@ impl ApplyActor {
     pub fn new(core: Core, wiring: Wiring) -> Self {
         let answers = wiring.replies.batch();
         Self { core, wiring, answers, defragment_waiters: Vec::new() }
+    }
+
+    /// Takes on the state of a leader's snapshot. Control comes before data, so nothing is in hand.
+    fn install(&mut self, install: Install) {
+        let core = match (self.wiring.install)(install) {
+            Ok(core) => core,
+            // The record is in the log: only a restart can make it good.
+            Err(e) => panic!("cannot take on the snapshot at {}: {e:#}", install.index),
+        };
+        for (reply, outcome) in std::mem::replace(&mut self.core, core).abandon() {
+            self.answers.add(reply, outcome);
+        }
+        let view = Arc::new(self.core.view());
+        self.wiring.view.publish(view.clone());
+        self.wiring.applied.store(view.applied_index, Ordering::Release);
+        self.answers.send();
+        // The hubs see a jump: their watchers read what they missed from the new store (W-51).
+        let published =
+            watch::Published { view: view.kv.clone(), changes: Vec::new().into(), raft_term: view.applied_term };
+        for hub in self.wiring.hubs.iter().filter(|h| h.is_active()) {
+            hub.publish(published.clone());
+        }
+        self.wiring.raft.control(raft::Control::Installed(install.index));
     }
 
     fn commit(&mut self) {
@@ -117,6 +142,10 @@ impl Actor for ApplyActor {
         match message {
             Control::Defragment(done) => {
                 self.defragment_waiters.push(done);
+                Flow::Continue
+            }
+            Control::Install(install) => {
+                self.install(install);
                 Flow::Continue
             }
             Control::Stop(done) => {

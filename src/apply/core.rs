@@ -115,7 +115,11 @@ impl Core {
             // Replayed after a restart. A membership change must still come into force in raft: its effect on raft's
             // configuration is in the start configuration, so it is answered without one.
             if entry.conf_change {
-                self.effects.conf_changed = Some(ConfChanged { index: entry.index, change: None, answer: None });
+                let answer = entry.ticket.map(|ticket| (ticket.reply, Err(Error::Timeout)));
+                self.effects.conf_changed = Some(ConfChanged { index: entry.index, change: None, answer });
+            } else if let Some(ticket) = entry.ticket {
+                // A snapshot has brought its effect without its result.
+                self.effects.answers.push((ticket.reply, Err(Error::Timeout)));
             }
             return;
         }
@@ -304,6 +308,11 @@ impl Core {
         let answer = entry.ticket.map(|t| (t.reply, Err(Error::NotImplemented("membership changes"))));
         self.effects.conf_changed =
             Some(ConfChanged { index: entry.index, change: (!refused).then_some((kind, node_id)), answer });
+    }
+
+    /// Another state takes the place of this one: whoever still waits for something of it.
+    pub fn abandon(self) -> impl Iterator<Item = (Reply, Outcome)> {
+        self.compact_waiters.into_iter().map(|w| (w.reply, w.outcome))
     }
 
     /// True while condemned rows wait to be deleted.

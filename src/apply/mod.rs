@@ -31,7 +31,7 @@ use crate::{
     actor::{Inbox, Message, Sender},
     cluster::Members,
     pb::{etcdserverpb as pb, raftpb::ConfChangeType},
-    raft::{Answer, Committed},
+    raft::{Answer, Committed, Install},
 };
 
 /// Committed entries, ascending and without gaps.
@@ -52,6 +52,8 @@ impl Message for Work {
 pub enum Control {
     /// Delete everything a compaction has condemned, then tell.
     Defragment(tokio::sync::oneshot::Sender<()>),
+    /// Go on from this snapshot, whose store directory is complete.
+    Install(Install),
     /// Finish the batch in hand and end.
     Stop(std::sync::mpsc::SyncSender<()>),
 }

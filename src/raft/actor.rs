@@ -5,10 +5,11 @@ use std::sync::{
     atomic::{AtomicU64, Ordering},
 };
 
-use super::{Append, Committed, Control, Core, Output, Proposal, Status};
+use super::{Append, Committed, Control, Core, Input, Output, Status};
 use crate::{
     actor::{Actor, Sender, Turn, shell::Flow},
     apply::{self, Replies},
+    pb::raftpb,
     wal,
 };
 
@@ -16,6 +17,8 @@ use crate::{
 pub struct Wiring {
     pub wal: Sender<Append, wal::Control>,
     pub apply: Sender<apply::Work, apply::Control>,
+    /// Takes messages for other members; never waits.
+    pub send: Box<dyn Fn(Vec<raftpb::Message>) + Send>,
     pub replies: Replies,
     pub status: Arc<Status>,
     /// Written by apply: the newest index whose effects are visible.
@@ -33,13 +36,27 @@ impl RaftActor {
         Self { core, wiring, output: Output::default() }
     }
 
+    fn step(&mut self, message: raftpb::Message) {
+        let (kind, from) = (message.r#type(), message.from.unwrap_or(0));
+        if let Err(reason) = self.core.step(message) {
+            self.wiring.status.messages_refused.fetch_add(1, Ordering::Relaxed);
+            tracing::warn!(from = format!("{from:x}"), ?kind, "a peer's message is not taken: {reason}");
+        }
+    }
+
     fn carry_out(&mut self) {
-        let Output { appends, committed, messages, answers } = &mut self.output;
+        let Output { appends, committed, messages, answers, install } = &mut self.output;
         for append in appends.drain(..) {
             if self.wiring.wal.try_send(append).is_err() {
                 // Room was checked before the Ready was taken; so the writer is gone, and with it durability.
                 panic!("the write-ahead log's actor has ended");
             }
+        }
+        if !messages.is_empty() {
+            (self.wiring.send)(std::mem::take(messages));
+        }
+        if let Some(install) = install.take() {
+            self.wiring.apply.control(apply::Control::Install(install));
         }
         if !committed.is_empty() {
             let entries: Vec<Committed> = std::mem::take(committed);
@@ -48,8 +65,6 @@ impl RaftActor {
                 panic!("the applier has ended");
             }
         }
-        // A lone member has nobody to write to.
-        messages.clear();
         if !answers.is_empty() {
             let mut batch = self.wiring.replies.batch();
             for (reply, outcome) in answers.drain(..) {
@@ -64,11 +79,15 @@ impl RaftActor {
 }
 
 impl Actor for RaftActor {
-    type Message = Proposal;
+    type Message = Input;
     type Control = Control;
 
-    fn on_message(&mut self, proposal: Proposal, _: &Turn) {
-        self.core.propose(proposal);
+    fn on_message(&mut self, input: Input, _: &Turn) {
+        match input {
+            Input::Propose(proposal) => self.core.propose(proposal),
+            Input::Read(request) => self.core.read(request),
+            Input::Step(message, _) => self.step(message),
+        }
     }
 
     fn on_control(&mut self, message: Control, turn: &Turn) -> Flow {
@@ -78,7 +97,19 @@ impl Actor for RaftActor {
                 self.core.tick(turn.now);
             }
             Control::Persisted(number) => self.core.persisted(number, &mut self.output),
-            Control::ConfChanged(done) => self.core.conf_changed(done),
+            Control::ConfChanged(done) => self.core.conf_changed(done, &mut self.output),
+            Control::Installed(index) => self.core.installed(index),
+            Control::Snapshot(message, taken) => {
+                self.step(message);
+                let _ = taken.send(());
+            }
+            Control::Unreachable(id) => self.core.unreachable(id),
+            Control::SnapshotSent { to, delivered } => self.core.snapshot_sent(to, delivered),
+            Control::AdvanceTicks(ticks) => {
+                for _ in 0..ticks {
+                    self.core.tick(turn.now);
+                }
+            }
             Control::Checkpoint { synced } => {
                 if let Some(record) = self.core.checkpoint(synced) {
                     self.wiring.wal.control(wal::Control::Snapshot(record));
@@ -107,5 +138,6 @@ impl Actor for RaftActor {
         self.carry_out();
         self.wiring.status.write(&self.core.reading());
         self.wiring.status.proposals_pending.store(self.core.pending() as u64, Ordering::Relaxed);
+        self.wiring.status.reads_pending.store(self.core.reads_pending() as u64, Ordering::Relaxed);
     }
 }

@@ -1,8 +1,10 @@
 //! Between raft-rs's messages and ours. Wire and disk use ours; raft-rs's parser and encoder are never called.
 
-use raft::eraftpb as rs;
+use bytes::Bytes;
+use prost::Message as _;
+use raft::eraftpb::{self as rs, MessageType};
 
-use crate::pb::raftpb;
+use crate::pb::{etcdserverpb::RequestHeader, raftpb};
 
 /// Entry types of the log.
 pub const NORMAL: i32 = raftpb::EntryType::EntryNormal as i32;
@@ -71,4 +73,210 @@ pub fn conf_change(kind: raftpb::ConfChangeType, node_id: u64) -> Option<rs::Con
     };
     let change = rs::ConfChangeSingle { change_type, node_id, ..Default::default() };
     Some(rs::ConfChangeV2 { changes: vec![change].into(), ..Default::default() })
+}
+
+pub fn conf_state_from_pb(cs: &raftpb::ConfState) -> rs::ConfState {
+    rs::ConfState { voters: cs.voters.clone(), learners: cs.learners.clone(), ..Default::default() }
+}
+
+/// A message to another member. `None`: of a kind that stays here.
+pub fn message_to_pb(message: rs::Message) -> Option<raftpb::Message> {
+    let set = |n: u64| (n != 0).then_some(n);
+    let rs::Message { msg_type, to, from, term, log_term, index, entries, commit, snapshot, .. } = message;
+    let number = message_type_to_pb(msg_type)?;
+    let snapshot = snapshot.into_option().map(|snapshot| {
+        let meta = snapshot.metadata.unwrap_or_default();
+        let conf_state = meta.conf_state.as_ref().map(conf_state_to_pb);
+        let metadata = raftpb::SnapshotMetadata { conf_state, index: Some(meta.index), term: Some(meta.term) };
+        raftpb::Snapshot { data: None, metadata: Some(metadata) }
+    });
+    Some(raftpb::Message {
+        r#type: Some(number),
+        to: set(to),
+        from: set(from),
+        term: set(term),
+        log_term: set(log_term),
+        index: set(index),
+        entries: entries.iter().map(entry_to_pb).collect(),
+        commit: set(commit),
+        snapshot,
+        reject: message.reject.then_some(true),
+        reject_hint: set(message.reject_hint),
+        context: (!message.context.is_empty()).then_some(message.context),
+        ..Default::default()
+    })
+}
+
+/// A message of another member, checked as far as the crate would panic on it.
+pub fn message_from_pb(message: raftpb::Message, own_id: u64) -> Result<rs::Message, &'static str> {
+    let msg_type = message_type_from_pb(message.r#type.unwrap_or(0)).ok_or("a kind no member sends")?;
+    let from = message.from.unwrap_or(0);
+    let index = message.index.unwrap_or(0);
+    if message.to.unwrap_or(0) != own_id {
+        return Err("for another member");
+    }
+    if from == 0 {
+        return Err("from nobody");
+    }
+    let entries =
+        message.entries.iter().map(entry_from_pb).collect::<Option<Vec<_>>>().ok_or("an unknown entry type")?;
+    match msg_type {
+        MessageType::MsgPropose if entries.is_empty() => return Err("a proposal of nothing"),
+        MessageType::MsgReadIndex if entries.len() != 1 => return Err("a read request without its context"),
+        MessageType::MsgPropose | MessageType::MsgReadIndex if message.term.unwrap_or(0) != 0 => {
+            return Err("a request with a term");
+        }
+        MessageType::MsgAppend if !entries.iter().zip(index + 1..).all(|(entry, i)| entry.index == i) => {
+            return Err("entries with a gap");
+        }
+        MessageType::MsgSnapshot if message.snapshot.as_ref().is_none_or(|s| s.metadata.is_none()) => {
+            return Err("a snapshot of nothing");
+        }
+        // Local kinds carry no term; a kind between members without one would pass for local.
+        MessageType::MsgPropose | MessageType::MsgReadIndex => {}
+        _ if message.term.unwrap_or(0) == 0 => return Err("no term"),
+        _ => {}
+    }
+    let snapshot = message.snapshot.and_then(|s| s.metadata).map(|meta| {
+        let conf_state = conf_state_from_pb(&meta.conf_state.unwrap_or_default());
+        let metadata = rs::SnapshotMetadata {
+            conf_state: Some(conf_state).into(),
+            index: meta.index.unwrap_or(0),
+            term: meta.term.unwrap_or(0),
+            ..Default::default()
+        };
+        rs::Snapshot { metadata: Some(metadata).into(), ..Default::default() }
+    });
+    Ok(rs::Message {
+        msg_type,
+        to: own_id,
+        from,
+        term: message.term.unwrap_or(0),
+        log_term: message.log_term.unwrap_or(0),
+        index,
+        entries: entries.into(),
+        commit: message.commit.unwrap_or(0),
+        snapshot: snapshot.into(),
+        reject: message.reject.unwrap_or(false),
+        reject_hint: message.reject_hint.unwrap_or(0),
+        context: message.context.unwrap_or_default(),
+        ..Default::default()
+    })
+}
+
+/// Kinds that travel between members. The crate's numbers are etcd's.
+const KINDS: [MessageType; 13] = [
+    MessageType::MsgPropose,
+    MessageType::MsgAppend,
+    MessageType::MsgAppendResponse,
+    MessageType::MsgRequestVote,
+    MessageType::MsgRequestVoteResponse,
+    MessageType::MsgSnapshot,
+    MessageType::MsgHeartbeat,
+    MessageType::MsgHeartbeatResponse,
+    MessageType::MsgTimeoutNow,
+    MessageType::MsgReadIndex,
+    MessageType::MsgReadIndexResp,
+    MessageType::MsgRequestPreVote,
+    MessageType::MsgRequestPreVoteResponse,
+];
+
+fn message_type_to_pb(kind: MessageType) -> Option<i32> {
+    KINDS.contains(&kind).then_some(kind as i32)
+}
+
+fn message_type_from_pb(number: i32) -> Option<MessageType> {
+    KINDS.into_iter().find(|kind| *kind as i32 == number)
+}
+
+/// The id of the request in an entry: how the member that proposed it finds who waits. 0: none.
+pub fn request_id(entry: &rs::Entry) -> u64 {
+    if entry.entry_type != rs::EntryType::EntryNormal {
+        return raftpb::ConfChange::decode(entry.data.clone()).ok().and_then(|change| change.id).unwrap_or(0);
+    }
+    let mut data = entry.data.clone();
+    // Only these two fields are looked at; the request itself, which may be large, is passed over.
+    while let Ok((tag, wire)) = prost::encoding::decode_key(&mut data) {
+        let found = match tag {
+            HEADER => header_id(&mut data),
+            OWN_ID => prost::encoding::decode_varint(&mut data).ok(),
+            _ => match prost::encoding::skip_field(wire, tag, &mut data, Default::default()) {
+                Ok(()) => continue,
+                Err(_) => return 0,
+            },
+        };
+        match found {
+            Some(id) if id != 0 => return id,
+            Some(_) => {}
+            None => return 0,
+        }
+    }
+    0
+}
+
+/// Fields of `InternalRaftRequest`.
+const HEADER: u32 = 100;
+const OWN_ID: u32 = 1;
+
+fn header_id(data: &mut Bytes) -> Option<u64> {
+    RequestHeader::decode_length_delimited(data).ok().map(|header| header.id)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pb::etcdserverpb::{InternalRaftRequest, PutRequest};
+
+    fn entry(data: Vec<u8>) -> rs::Entry {
+        rs::Entry { data: data.into(), ..Default::default() }
+    }
+
+    #[test]
+    fn request_id_is_found_behind_and_before_the_request() {
+        let put = Some(PutRequest { key: "k".into(), value: vec![b'v'; 1000].into(), ..Default::default() });
+        let header = Some(RequestHeader { id: 77, ..Default::default() });
+        let request = InternalRaftRequest { header, put: put.clone(), ..Default::default() };
+        assert_eq!(request_id(&entry(request.encode_to_vec())), 77);
+        let request = InternalRaftRequest { id: 78, put, ..Default::default() };
+        assert_eq!(request_id(&entry(request.encode_to_vec())), 78);
+        assert_eq!(request_id(&entry(Vec::new())), 0);
+        for cut in [b"\xa2".as_slice(), b"\xa2\x06\x05\x08", b"\x22\xff\xff\xff\xff\x0f", b"\xff\xff\xff\xff"] {
+            assert_eq!(request_id(&entry(cut.to_vec())), 0, "{cut:?}");
+        }
+        let change = raftpb::ConfChange { id: Some(79), node_id: Some(1), ..Default::default() };
+        let mut entry = entry(change.encode_to_vec());
+        entry.entry_type = rs::EntryType::EntryConfChange;
+        assert_eq!(request_id(&entry), 79);
+    }
+
+    #[test]
+    fn what_would_panic_the_crate_is_refused() {
+        let message = |kind: i32| raftpb::Message {
+            r#type: Some(kind),
+            to: Some(1),
+            from: Some(2),
+            term: Some(3),
+            ..Default::default()
+        };
+        let refused = |m: raftpb::Message| message_from_pb(m, 1).err();
+        assert_eq!(refused(message(8)), None);
+        for local in [0, 1, 10, 11, 12, 13, 19, 23, -1, 1000] {
+            assert_eq!(refused(message(local)), Some("a kind no member sends"), "{local}");
+        }
+        assert_eq!(refused(raftpb::Message { to: Some(2), ..message(8) }), Some("for another member"));
+        assert_eq!(refused(raftpb::Message { from: None, ..message(8) }), Some("from nobody"));
+        assert_eq!(refused(raftpb::Message { term: None, ..message(8) }), Some("no term"));
+        assert_eq!(refused(message(2)), Some("a proposal of nothing"));
+        let one = vec![raftpb::Entry { index: Some(6), ..Default::default() }];
+        assert_eq!(refused(raftpb::Message { entries: one.clone(), ..message(2) }), Some("a request with a term"));
+        assert_eq!(refused(message(15)), Some("a read request without its context"));
+        assert_eq!(
+            refused(raftpb::Message { entries: one.clone(), index: Some(4), ..message(3) }),
+            Some("entries with a gap")
+        );
+        assert_eq!(refused(raftpb::Message { entries: one, index: Some(5), ..message(3) }), None);
+        assert_eq!(refused(message(7)), Some("a snapshot of nothing"));
+        let strange = vec![raftpb::Entry { index: Some(1), r#type: Some(7), ..Default::default() }];
+        assert_eq!(refused(raftpb::Message { entries: strange, ..message(3) }), Some("an unknown entry type"));
+    }
 }

@@ -1,16 +1,22 @@
-//! The raft core: proposals, ticks and durable answers in; log writes, committed entries and messages out.
+//! The raft core: proposals, reads, messages, ticks and durable answers in; log writes, committed entries and messages out.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::time::Instant;
 
+use bytes::Bytes;
+
 use raft::{
-    Config, ProgressState, RawNode, StateRole,
+    Config, ProgressState, RawNode, SnapshotStatus, StateRole,
     eraftpb::{self as rs, MessageType},
 };
 
-use super::{Answer, Append, Committed, Progress, Proposal, Reading, convert, log::MemLog};
+use super::{
+    Answer, Append, Committed, Install, Progress, Proposal, Reading, convert,
+    log::MemLog,
+    reads::{ReadRequest, Reads},
+};
 use crate::{
-    apply::{ConfChanged, Error, Ticket},
+    apply::{ConfChanged, Error, Response, Ticket},
     pb::{raftpb, walpb},
 };
 
@@ -27,6 +33,8 @@ pub struct Options {
     pub catch_up_entries: u64,
     /// Bytes of them kept in memory at most.
     pub catch_up_bytes: usize,
+    /// Differs between members and between starts: names of read rounds, election timeouts.
+    pub seed: u64,
 }
 
 /// What the log and the store know at start.
@@ -46,14 +54,28 @@ pub struct Recovered {
 pub struct Output {
     pub appends: Vec<Append>,
     pub committed: Vec<Committed>,
-    pub messages: Vec<rs::Message>,
+    pub messages: Vec<raftpb::Message>,
     pub answers: Vec<Answer>,
+    /// A snapshot whose record is durable: apply is to take on the state it names.
+    pub install: Option<Install>,
 }
 
-struct Pending {
+/// A log write under way.
+struct InFlight {
+    number: u64,
+    /// Messages that promise what it makes durable.
+    promises: Vec<raftpb::Message>,
+    /// Last index of it, if it has entries or a snapshot.
+    end: Option<u64>,
+    install: Option<Install>,
+    since_tick: u64,
+}
+
+/// A database on its way to another member: the log from `index` on is kept for it.
+struct SnapshotOut {
     index: u64,
-    term: u64,
-    ticket: Ticket,
+    /// Set when it was delivered (or not): kept until then.
+    until_tick: Option<u64>,
 }
 
 pub struct Core {
@@ -61,19 +83,30 @@ pub struct Core {
     options: Options,
     /// Taken from the inbox, not yet in the log: no leader is known.
     queued: VecDeque<Proposal>,
-    /// In the log, not yet committed. Ascending by index.
-    pending: VecDeque<Pending>,
+    /// Given to the leader, not yet applied; by request id.
+    pending: HashMap<u64, Ticket>,
+    /// Proposals of others that came while leadership is being handed over, and when.
+    held_proposals: VecDeque<(u64, rs::Message)>,
+    reads: Reads,
+    /// Read requests of others that came before this leader has committed anything of its term.
+    held_reads: Vec<rs::Message>,
     answers: Vec<Answer>,
-    /// Ready numbers the WAL has not answered yet, with the messages that wait for them.
-    in_flight: VecDeque<(u64, Vec<rs::Message>)>,
+    /// Readys the WAL has not answered yet.
+    in_flight: VecDeque<InFlight>,
     /// Committed entries that wait for a membership change to be in force.
     held: VecDeque<Committed>,
     /// The membership change apply has been given.
     conf_change_at: Option<u64>,
+    /// A follower's messages that must not go out before that change is in force.
+    held_messages: Vec<raftpb::Message>,
     /// Highest index the WAL has made durable. Invariant: nothing above it goes to apply.
     durable_index: u64,
-    /// Last index of each append under way.
-    append_ends: VecDeque<(u64, u64)>,
+    /// Index of the newest snapshot taken in; membership changes up to it are in its configuration.
+    installed_index: u64,
+    /// The snapshot that apply has not taken on yet.
+    installing: bool,
+    snapshots_out: HashMap<u64, SnapshotOut>,
+    ticks: u64,
     stopping: bool,
 }
 
@@ -82,6 +115,14 @@ const APPEND_BYTES_MAX: u64 = 1 << 20;
 const INFLIGHT_MAX: usize = 512;
 /// Committed entries handed out by one Ready: bounds how long apply's inbox grows in one go.
 const COMMITTED_BYTES_MAX: u64 = 4 << 20;
+/// Proposals are forwarded in messages of about this size.
+const FORWARD_BYTES_MAX: usize = 1 << 20;
+/// Messages of others kept while nobody can take them; raft may lose any message, so more are dropped.
+const HELD_MAX: usize = 4096;
+/// Ticks after which a read round is asked for again: 500 ms with the usual tick.
+const READ_RETRY_TICKS: u64 = 5;
+/// Ticks a log is kept for a follower after its snapshot was delivered: 30 s with the usual tick.
+const SNAPSHOT_KEEP_TICKS: u64 = 300;
 
 impl Core {
     pub fn new(options: Options, recovered: Recovered) -> Result<Self, String> {
@@ -93,12 +134,9 @@ impl Core {
             .iter()
             .map(|e| convert::entry_from_pb(e).ok_or_else(|| format!("log entry {e:?} has a type no member writes")))
             .collect::<Result<Vec<_>, _>>()?;
-        let conf_state = rs::ConfState {
-            voters: recovered.conf_state.voters,
-            learners: recovered.conf_state.learners,
-            ..Default::default()
-        };
-        let log = MemLog::new(recovered.compacted, entries, hard_state, conf_state);
+        let conf_state = convert::conf_state_from_pb(&recovered.conf_state);
+        let mut log = MemLog::new(recovered.compacted, entries, hard_state, conf_state);
+        log.applied = recovered.applied;
         let durable_index = log.last();
         let config = Config {
             id: options.id,
@@ -116,17 +154,28 @@ impl Core {
         let node = RawNode::new(&config, log, &logger).map_err(|e| format!("raft refuses this log: {e}"))?;
         Ok(Self {
             node,
-            options,
             queued: VecDeque::new(),
-            pending: VecDeque::new(),
+            pending: HashMap::new(),
+            held_proposals: VecDeque::new(),
+            reads: Reads::new(options.seed),
+            options,
+            held_reads: Vec::new(),
             answers: Vec::new(),
             in_flight: VecDeque::new(),
             held: VecDeque::new(),
             conf_change_at: None,
+            held_messages: Vec::new(),
             durable_index,
-            append_ends: VecDeque::new(),
+            installed_index: 0,
+            installing: false,
+            snapshots_out: HashMap::new(),
+            ticks: 0,
             stopping: false,
         })
+    }
+
+    fn leads(&self) -> bool {
+        self.node.raft.state == StateRole::Leader
     }
 
     pub fn propose(&mut self, proposal: Proposal) {
@@ -137,32 +186,87 @@ impl Core {
         }
     }
 
+    /// Somebody wants to read what is committed now.
+    pub fn read(&mut self, request: ReadRequest) {
+        if self.stopping {
+            self.answers.push((request.reply, Err(Error::Stopped)));
+        } else {
+            self.reads.add(request);
+        }
+    }
+
+    /// A message of another member. What does not fit is told, for the log.
+    pub fn step(&mut self, message: raftpb::Message) -> Result<(), &'static str> {
+        let message = convert::message_from_pb(message, self.options.id)?;
+        match message.msg_type {
+            MessageType::MsgPropose => {
+                // Nobody waits for it here; a lost one costs its caller a timeout, so it is kept for the next leader.
+                if self.held_proposals.len() < HELD_MAX {
+                    self.held_proposals.push_back((self.ticks, message));
+                }
+            }
+            MessageType::MsgReadIndex => self.step_read(message),
+            // A member that was removed is answered with an error that means nothing to anybody.
+            _ => drop(self.node.raft.step(message)),
+        }
+        Ok(())
+    }
+
     /// One tick of the raft clock. What has waited past its deadline is told so.
     pub fn tick(&mut self, now: Instant) {
-        self.node.tick();
+        self.ticks += 1;
+        let election_ticks = self.options.election_ticks as u64;
+        let hangs = self.in_flight.front().is_some_and(|write| self.ticks - write.since_tick >= election_ticks);
+        if hangs && !self.is_sole_voter() {
+            // A leader that cannot write must make room for one that can: no heartbeat, no candidacy.
+            if self.leads() {
+                tracing::error!("the log's disk does not answer; stepping down as leader");
+                let term = self.node.raft.term;
+                self.node.raft.become_follower(term, raft::INVALID_ID);
+            }
+        } else {
+            self.set_election_timeout();
+            self.node.tick();
+        }
         self.campaign_alone();
+        self.held_proposals.retain(|(since, _)| self.ticks - since < 2 * election_ticks);
+        self.snapshots_out.retain(|_, out| out.until_tick.is_none_or(|until| self.ticks < until));
+
+        let late = |ticket: &Ticket| ticket.deadline <= now;
         // Deadlines differ between callers, so the whole queue is looked at; it is long only when nothing moves.
-        if self.queued.iter().any(|p| p.ticket.deadline <= now) {
-            let (late, waiting) = std::mem::take(&mut self.queued).into_iter().partition(|p| p.ticket.deadline <= now);
+        if self.queued.iter().any(|p| late(&p.ticket)) {
+            let (gone, waiting): (VecDeque<_>, _) =
+                std::mem::take(&mut self.queued).into_iter().partition(|p| late(&p.ticket));
             self.queued = waiting;
-            let late: VecDeque<Proposal> = late;
             // Never handed to raft: nothing was done (D-16).
-            self.answers.extend(late.into_iter().map(|p| (p.ticket.reply, Err(Error::DeadlineExceeded))));
+            self.answers.extend(gone.into_iter().map(|p| (p.ticket.reply, Err(Error::DeadlineExceeded))));
         }
-        if self.pending.front().is_some_and(|p| p.ticket.deadline <= now) {
-            let (late, waiting) = std::mem::take(&mut self.pending).into_iter().partition(|p| p.ticket.deadline <= now);
-            self.pending = waiting;
-            let late: VecDeque<Pending> = late;
-            // In the log: it may still take effect (D-17, D-20).
-            self.answers.extend(late.into_iter().map(|p| (p.ticket.reply, Err(Error::Timeout))));
-        }
+        // Given to the leader: it may still take effect (D-17, D-20).
+        let gone = self.pending.extract_if(|_, ticket| late(ticket));
+        self.answers.extend(gone.map(|(_, ticket)| (ticket.reply, Err(Error::Timeout))));
+        let gone = self.reads.late(now);
+        self.answers.extend(gone.into_iter().map(|read| (read.reply, Err(Error::Timeout))));
+    }
+
+    /// In place of the crate's choice, which comes from a generator of its own: a function of seed and term, so that
+    /// one seed gives one run.
+    fn set_election_timeout(&mut self) {
+        let ticks = self.options.election_ticks;
+        let mut x = self.options.seed ^ self.node.raft.term.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        let spread = (x ^ (x >> 31)) % ticks as u64;
+        self.node.raft.set_randomized_election_timeout(ticks + spread as usize);
+    }
+
+    fn is_sole_voter(&self) -> bool {
+        self.node.raft.prs().conf().voters().ids().iter().eq([self.options.id])
     }
 
     /// A sole voter need not wait for an election timeout: nobody else can lead.
     pub fn campaign_alone(&mut self) {
         let raft = &self.node.raft;
-        let alone = raft.prs().conf().voters().ids().iter().eq([self.options.id]);
-        if alone && raft.state == StateRole::Follower && raft.promotable() {
+        if raft.state == StateRole::Follower && self.is_sole_voter() && raft.promotable() {
             // Refused while a membership change is committed but not applied; the next tick asks again.
             let _ = self.node.campaign();
         }
@@ -170,40 +274,79 @@ impl Core {
 
     /// The WAL made everything up to Ready `number` durable.
     pub fn persisted(&mut self, number: u64, output: &mut Output) {
-        while self.append_ends.front().is_some_and(|(n, _)| *n <= number)
-            && let Some((_, end)) = self.append_ends.pop_front()
-        {
-            // An append that replaced a tail ends lower than the one before it.
-            self.durable_index = end;
-        }
         self.node.on_persist_ready(number);
-        while self.in_flight.front().is_some_and(|(n, _)| *n <= number)
-            && let Some((_, messages)) = self.in_flight.pop_front()
-        {
-            output.messages.extend(messages);
+        while let Some(write) = self.in_flight.pop_front_if(|write| write.number <= number) {
+            // An append that replaced a tail ends lower than the one before it.
+            self.durable_index = write.end.unwrap_or(self.durable_index);
+            output.install = write.install.or(output.install.take());
+            self.send(write.promises, output);
         }
     }
 
     /// apply has recorded the membership change at `done.index` (or refused it): put it in force, answer, go on.
-    pub fn conf_changed(&mut self, done: ConfChanged) {
-        assert_eq!(self.conf_change_at.take(), Some(done.index), "apply answered another membership change");
-        if let Some((kind, node_id)) = done.change
-            && let Some(change) = convert::conf_change(kind, node_id)
-        {
-            match self.node.apply_conf_change(&change) {
-                Ok(state) => self.node.mut_store().conf_state = state,
-                Err(e) => panic!("a recorded membership change is refused by raft: {e}"),
+    pub fn conf_changed(&mut self, done: ConfChanged, output: &mut Output) {
+        if self.conf_change_at == Some(done.index) {
+            self.conf_change_at = None;
+        } else {
+            assert!(done.index <= self.installed_index, "apply answered another membership change");
+        }
+        // A snapshot taken in meanwhile has the change in its configuration.
+        if done.index > self.installed_index {
+            if let Some((kind, node_id)) = done.change
+                && let Some(change) = convert::conf_change(kind, node_id)
+            {
+                match self.node.apply_conf_change(&change) {
+                    Ok(state) => self.node.mut_store().conf_state = state,
+                    Err(e) => panic!("a recorded membership change is refused by raft: {e}"),
+                }
+            }
+            self.applied(done.index);
+            let raft = &mut self.node.raft;
+            if raft.state == StateRole::Leader && raft.prs().get(self.options.id).is_none() {
+                // Removed itself: the crate would count on its own acknowledgements.
+                let term = raft.term;
+                raft.become_follower(term, raft::INVALID_ID);
             }
         }
-        self.node.advance_apply_to(done.index);
         self.answers.extend(done.answer);
+        output.messages.append(&mut self.held_messages);
         self.campaign_alone();
+    }
+
+    /// apply has taken on the snapshot at `index`.
+    pub fn installed(&mut self, index: u64) {
+        assert_eq!(index, self.installed_index, "apply took on another snapshot");
+        self.installing = false;
+        self.applied(index);
+    }
+
+    fn applied(&mut self, index: u64) {
+        self.node.advance_apply_to(index);
+        self.node.mut_store().applied = index;
+    }
+
+    pub fn unreachable(&mut self, id: u64) {
+        self.node.report_unreachable(id);
+    }
+
+    /// The database for `to` was delivered, or not.
+    pub fn snapshot_sent(&mut self, to: u64, delivered: bool) {
+        if let Some(out) = self.snapshots_out.get_mut(&to) {
+            out.until_tick = Some(self.ticks + SNAPSHOT_KEEP_TICKS);
+        }
+        self.node.report_snapshot(to, if delivered { SnapshotStatus::Finish } else { SnapshotStatus::Failure });
     }
 
     /// The store is synced up to `synced`. The snapshot record to write, if the log can be dropped further.
     pub fn checkpoint(&self, synced: u64) -> Option<walpb::Snapshot> {
         let log = self.node.store();
-        let index = log.compactable(synced, self.options.catch_up_entries, self.options.catch_up_bytes);
+        let mut index = log.compactable(synced, self.options.catch_up_entries, self.options.catch_up_bytes);
+        // Whoever is getting a snapshot needs what follows it, within reason.
+        if log.bytes() < 4 * self.options.catch_up_bytes
+            && let Some(first) = self.snapshots_out.values().map(|out| out.index).min()
+        {
+            index = index.min(first);
+        }
         let term = raft::Storage::term(log, index).ok()?;
         let first = raft::Storage::first_index(log).ok()?;
         (index >= first).then(|| walpb::Snapshot {
@@ -221,13 +364,16 @@ impl Core {
     pub fn stop(&mut self) {
         self.stopping = true;
         self.answers.extend(self.queued.drain(..).map(|p| (p.ticket.reply, Err(Error::Stopped))));
-        self.answers.extend(self.pending.drain(..).map(|p| (p.ticket.reply, Err(Error::Stopped))));
+        self.answers.extend(self.pending.drain().map(|(_, ticket)| (ticket.reply, Err(Error::Stopped))));
+        self.answers.extend(self.reads.take_all().into_iter().map(|read| (read.reply, Err(Error::Stopped))));
     }
 
     /// Puts what waits into the log and makes every Ready there is, as long as `room` says there is room downstream.
     pub fn poll(&mut self, applied: u64, room: bool, output: &mut Output) {
         if room {
             self.propose_queued(applied);
+            self.step_held();
+            self.ask_for_reads();
             while self.node.has_ready() {
                 self.take_ready(output);
             }
@@ -236,35 +382,137 @@ impl Core {
         output.answers.append(&mut self.answers);
     }
 
+    /// True while a proposal would be lost.
+    fn is_leaderless(&self) -> bool {
+        self.node.raft.leader_id == raft::INVALID_ID || self.leads() && self.node.raft.lead_transferee.is_some()
+    }
+
     fn propose_queued(&mut self, applied: u64) {
-        if self.queued.is_empty() || self.node.raft.state != StateRole::Leader {
+        if self.queued.is_empty() || self.is_leaderless() {
             return;
         }
         if self.node.raft.raft_log.committed > applied + self.options.apply_lag_max {
             self.answers.extend(self.queued.drain(..).map(|p| (p.ticket.reply, Err(Error::TooManyRequests))));
             return;
         }
-        let entries: Vec<_> =
-            self.queued.iter().map(|p| rs::Entry { data: p.data.clone(), ..Default::default() }).collect();
-        let first = self.node.raft.raft_log.last_index() + 1;
-        let term = self.node.raft.term;
-        let message = rs::Message {
-            msg_type: MessageType::MsgPropose,
-            from: self.options.id,
-            entries: entries.into(),
-            ..Default::default()
-        };
-        match self.node.raft.step(message) {
-            Ok(()) => {
-                let proposals = self.queued.drain(..).enumerate();
-                self.pending.extend(proposals.map(|(i, p)| Pending {
-                    index: first + i as u64,
-                    term,
-                    ticket: p.ticket,
-                }));
+        while !self.queued.is_empty() {
+            let (mut entries, mut ids, mut bytes) = (Vec::new(), Vec::new(), 0);
+            let bytes_max = if self.leads() { usize::MAX } else { FORWARD_BYTES_MAX };
+            while let Some(proposal) = self.queued.pop_front_if(|_| bytes < bytes_max) {
+                bytes += proposal.data.len();
+                let entry_type =
+                    if proposal.conf_change { rs::EntryType::EntryConfChange } else { rs::EntryType::EntryNormal };
+                entries.push(rs::Entry { entry_type, data: proposal.data, ..Default::default() });
+                ids.push(proposal.id);
+                self.pending.insert(proposal.id, proposal.ticket);
             }
-            // Refused as a whole, e.g. during a leadership transfer: nothing is in the log.
-            Err(_) => self.answers.extend(self.queued.drain(..).map(|p| (p.ticket.reply, Err(Error::ProposalDropped)))),
+            let message = rs::Message {
+                msg_type: MessageType::MsgPropose,
+                from: self.options.id,
+                entries: entries.into(),
+                ..Default::default()
+            };
+            let refused = match self.step_proposal(message) {
+                Ok(refused) => refused,
+                // As a whole: nothing is in the log.
+                Err(_) => (0..ids.len()).collect(),
+            };
+            for place in refused {
+                if let Some(ticket) = self.pending.remove(&ids[place]) {
+                    self.answers.push((ticket.reply, Err(Error::ProposalDropped)));
+                }
+            }
+        }
+    }
+
+    /// Steps a proposal. As leader raft sees membership changes without their content, which means other things to the
+    /// crate than to etcd; they get it back before anything else looks. Answers the places of changes that raft has put
+    /// an empty entry in place of, because another change is under way.
+    fn step_proposal(&mut self, mut message: rs::Message) -> Result<Vec<usize>, raft::Error> {
+        if !self.leads() {
+            return self.node.raft.step(message).map(|()| Vec::new());
+        }
+        let raft = &mut self.node.raft;
+        let first = raft.raft_log.last_index() + 1;
+        let mut contents: Vec<(usize, Bytes)> = Vec::new();
+        for (place, entry) in message.entries.iter_mut().enumerate() {
+            if entry.entry_type != rs::EntryType::EntryNormal {
+                contents.push((place, std::mem::take(&mut entry.data)));
+            }
+        }
+        raft.step(message)?;
+        let mut refused = Vec::new();
+        for (place, content) in contents {
+            let index = first + place as u64;
+            let mut kept = false;
+            let mut give_back = |entries: &mut [rs::Entry]| {
+                let is_it = |e: &&mut rs::Entry| e.index == index && e.entry_type != rs::EntryType::EntryNormal;
+                for entry in entries.iter_mut().filter(is_it) {
+                    entry.data = content.clone();
+                    kept = true;
+                }
+            };
+            give_back(&mut raft.raft_log.unstable.entries);
+            for message in raft.msgs.iter_mut().filter(|m| m.msg_type == MessageType::MsgAppend) {
+                give_back(&mut message.entries);
+            }
+            if !kept {
+                refused.push(place);
+            }
+        }
+        Ok(refused)
+    }
+
+    /// Others' requests that can be stepped now.
+    fn step_held(&mut self) {
+        if !self.is_leaderless() {
+            for (_, message) in std::mem::take(&mut self.held_proposals) {
+                // Nobody waits for it here, so nobody is told.
+                let _ = self.step_proposal(message);
+            }
+        }
+        if !self.leads() {
+            self.held_reads.clear();
+        } else if self.node.raft.commit_to_current_term() {
+            for message in std::mem::take(&mut self.held_reads) {
+                self.step_read(message);
+            }
+        }
+    }
+
+    /// A read request, ours or another's, at a leader or on its way to one.
+    fn step_read(&mut self, mut message: rs::Message) {
+        if self.leads() {
+            if !self.node.raft.commit_to_current_term() {
+                // The crate would drop it silently.
+                if self.held_reads.len() < HELD_MAX {
+                    self.held_reads.push(message);
+                }
+                return;
+            }
+            if let Some(entry) = message.entries.first_mut() {
+                entry.data = self.reads.disguise(std::mem::take(&mut entry.data));
+            }
+        }
+        // Without a leader it is lost; the round is asked for again.
+        let _ = self.node.raft.step(message);
+    }
+
+    fn ask_for_reads(&mut self) {
+        let leader = self.node.raft.leader_id;
+        for read in self.reads.lost(leader) {
+            self.answers.push((read.reply, Err(Error::LeaderChanged)));
+        }
+        if leader == raft::INVALID_ID || self.leads() && !self.node.raft.commit_to_current_term() {
+            return;
+        }
+        if let Some(context) = self.reads.due(leader, self.ticks, READ_RETRY_TICKS) {
+            self.step_read(rs::Message {
+                msg_type: MessageType::MsgReadIndex,
+                from: self.options.id,
+                entries: vec![rs::Entry { data: context, ..Default::default() }].into(),
+                ..Default::default()
+            });
         }
     }
 
@@ -272,44 +520,76 @@ impl Core {
     fn take_ready(&mut self, output: &mut Output) {
         let mut ready = self.node.ready();
         let number = ready.number();
-        // A leader's appends may go out beside its own disk write.
-        output.messages.extend(ready.take_messages());
-        assert!(ready.snapshot().is_empty(), "no snapshot is ever requested by a lone member");
-
+        let mut messages = ready.take_messages();
+        let mut promises = ready.take_persisted_messages();
         let committed = ready.take_committed_entries();
         let entries = ready.take_entries();
         let hard_state = ready.hs().cloned();
         let sync = ready.must_sync();
-        let promises = ready.take_persisted_messages();
+        let before = &self.node.store().hard_state;
+        if hard_state.as_ref().is_some_and(|hs| hs.term != before.term || hs.vote != before.vote) {
+            // A sole voter with learners: its first append of the term must not overtake its own vote.
+            promises.splice(0..0, messages.drain(..));
+        }
+        let install = ready.snapshot().metadata.as_ref().filter(|meta| meta.index > 0).map(|meta| {
+            let conf_state = meta.conf_state.clone().unwrap_or_default();
+            (Install { index: meta.index, term: meta.term }, conf_state)
+        });
+        let snapshot = install.as_ref().map(|(install, conf_state)| walpb::Snapshot {
+            index: Some(install.index),
+            term: Some(install.term),
+            conf_state: Some(convert::conf_state_to_pb(conf_state)),
+        });
+        let install = install.map(|(install, conf_state)| {
+            // What the snapshot covers need not be applied any more.
+            self.held.clear();
+            self.conf_change_at = None;
+            self.installed_index = install.index;
+            self.installing = true;
+            self.node.mut_store().install(install.index, install.term, conf_state);
+            install
+        });
 
         let to_disk: Vec<_> = entries.iter().map(convert::entry_to_pb).collect();
-        if let Some(last) = entries.last() {
-            self.append_ends.push_back((number, last.index));
-        }
+        let end = entries.last().map(|last| last.index).or(install.as_ref().map(|i| i.index));
         // Readable before `advance_append_async`, which forgets them.
         self.node.mut_store().append(entries);
         if let Some(hs) = &hard_state {
             self.node.mut_store().hard_state = hs.clone();
         }
+        let reads = ready.take_read_states();
         self.node.advance_append_async(ready);
 
-        if !to_disk.is_empty() || hard_state.is_some() {
-            self.in_flight.push_back((number, promises));
+        let messages = self.outgoing(messages);
+        let promises = self.outgoing(promises);
+        // A leader's appends may go out beside its own disk write.
+        self.send(messages, output);
+        for read in reads {
+            let original = self.reads.original(&read.request_ctx);
+            let context = original.as_deref().unwrap_or(&read.request_ctx);
+            let served = self.reads.answered(context);
+            self.answers.extend(served.into_iter().map(|r| (r.reply, Ok(Response::ReadIndex(read.index)))));
+        }
+        if !self.leads() {
+            self.reads.forget_originals();
+        }
+
+        if !to_disk.is_empty() || hard_state.is_some() || snapshot.is_some() {
+            self.in_flight.push_back(InFlight { number, promises, end, install, since_tick: self.ticks });
+            // A snapshot's record counts only with a commit index that covers it.
+            let hard_state = hard_state.or_else(|| snapshot.is_some().then(|| self.node.store().hard_state.clone()));
             let hard_state = hard_state.as_ref().map(convert::hard_state_to_pb);
-            output.appends.push(Append { number, entries: to_disk, hard_state, sync });
+            output.appends.push(Append { number, snapshot, entries: to_disk, hard_state, sync });
+        } else if let Some(last) = self.in_flight.back_mut() {
+            // Promises of this Ready rest on the write before it, and its number is covered by the next one.
+            last.promises.extend(promises);
         } else {
-            match self.in_flight.back_mut() {
-                // Promises of this Ready rest on the write before it.
-                Some((_, waiting)) => waiting.extend(promises),
-                None => output.messages.extend(promises),
-            }
-            if self.in_flight.is_empty() {
-                self.node.on_persist_ready(number);
-            }
+            self.send(promises, output);
+            self.node.on_persist_ready(number);
         }
         for entry in committed {
             assert!(entry.index <= self.durable_index, "entry {} is committed but not durable here", entry.index);
-            let ticket = self.take_ticket(entry.index, entry.term);
+            let ticket = if self.pending.is_empty() { None } else { self.pending.remove(&convert::request_id(&entry)) };
             self.held.push_back(Committed {
                 index: entry.index,
                 term: entry.term,
@@ -320,25 +600,40 @@ impl Core {
         }
     }
 
-    /// Who proposed the entry at `index` here. A proposal whose index went to another term's entry has lost its place.
-    fn take_ticket(&mut self, index: u64, term: u64) -> Option<Ticket> {
-        while let Some(first) = self.pending.front() {
-            if first.index > index {
-                return None;
+    /// Messages as they go out: contexts of reads are given back to whom they belong, snapshots are noted.
+    fn outgoing(&mut self, messages: Vec<rs::Message>) -> Vec<raftpb::Message> {
+        let mut out = Vec::with_capacity(messages.len());
+        for mut message in messages {
+            if message.msg_type == MessageType::MsgReadIndexResp
+                && let Some(entry) = message.entries.first_mut()
+            {
+                match self.reads.original(&entry.data) {
+                    Some(original) => entry.data = original,
+                    None => continue, // answered before
+                }
             }
-            let pending = self.pending.pop_front()?;
-            if pending.index == index && pending.term == term {
-                return Some(pending.ticket);
+            if let Some(meta) = message.snapshot.as_ref().and_then(|s| s.metadata.as_ref()) {
+                self.snapshots_out.insert(message.to, SnapshotOut { index: meta.index, until_tick: None });
             }
-            self.answers.push((pending.ticket.reply, Err(Error::Timeout)));
+            out.extend(convert::message_to_pb(message));
         }
-        None
+        out
+    }
+
+    /// A follower must have put a membership change in force before it says anything more.
+    fn send(&mut self, messages: Vec<raftpb::Message>, output: &mut Output) {
+        if self.conf_change_at.is_some() && !self.leads() {
+            self.held_messages.extend(messages);
+        } else {
+            output.messages.extend(messages);
+        }
     }
 
     /// Gives apply what is committed, up to and with the next membership change.
     fn hand_out_held(&mut self, output: &mut Output) {
         let mut last = None;
         while self.conf_change_at.is_none()
+            && !self.installing
             && let Some(entry) = self.held.pop_front()
         {
             if entry.conf_change {
@@ -351,7 +646,7 @@ impl Core {
         if let Some(index) = last {
             // Handed out in order counts as applied for raft: apply is idempotent by index, and nothing the crate
             // does with the number depends on the state being there. A membership change is reported when in force.
-            self.node.advance_apply_to(index);
+            self.applied(index);
         }
     }
 
@@ -365,7 +660,7 @@ impl Core {
             last_index: raft.raft_log.last_index(),
             is_leader: raft.state == StateRole::Leader,
             is_learner: conf.learners().contains(&self.options.id),
-            sole_voter: conf.voters().ids().iter().eq([self.options.id]),
+            sole_voter: self.is_sole_voter(),
         }
     }
 
@@ -389,6 +684,10 @@ impl Core {
 
     pub fn pending(&self) -> usize {
         self.pending.len() + self.queued.len()
+    }
+
+    pub fn reads_pending(&self) -> usize {
+        self.reads.pending()
     }
 
     pub fn log_bytes(&self) -> usize {

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use raft::{
     Error, GetEntriesContext, RaftState, Result, Storage, StorageError,
-    eraftpb::{ConfState, Entry, HardState, Snapshot},
+    eraftpb::{ConfState, Entry, HardState, Snapshot, SnapshotMetadata},
 };
 
 /// Entries after `compacted`, in memory. Durability is the WAL's business.
@@ -16,6 +16,8 @@ pub struct MemLog {
     compacted: (u64, u64),
     pub hard_state: HardState,
     pub conf_state: ConfState,
+    /// What a snapshot for a member that is too far behind covers at least.
+    pub applied: u64,
 }
 
 /// What an entry costs in memory beside its data.
@@ -23,7 +25,8 @@ const ENTRY_OVERHEAD: usize = 128;
 
 impl MemLog {
     pub fn new(compacted: (u64, u64), entries: Vec<Entry>, hard_state: HardState, conf_state: ConfState) -> Self {
-        let mut log = Self { entries: VecDeque::new(), bytes: 0, compacted, hard_state, conf_state };
+        let mut log =
+            Self { entries: VecDeque::new(), bytes: 0, compacted, hard_state, conf_state, applied: compacted.0 };
         log.append(entries);
         log
     }
@@ -60,6 +63,14 @@ impl MemLog {
             self.bytes -= entry.data.len() + ENTRY_OVERHEAD;
             self.compacted = (entry.index, entry.term);
         }
+    }
+
+    /// Starts again behind a snapshot another member sent.
+    pub fn install(&mut self, index: u64, term: u64, conf_state: ConfState) {
+        self.entries.clear();
+        self.bytes = 0;
+        self.compacted = (index, term);
+        self.conf_state = conf_state;
     }
 
     /// The highest index <= `applied` up to which the log may be dropped so that `keep` entries, but no more than
@@ -134,8 +145,20 @@ impl Storage for MemLog {
         Ok(self.last())
     }
 
-    fn snapshot(&self, _: u64, _: u64) -> Result<Snapshot> {
-        Err(Error::Store(StorageError::SnapshotTemporarilyUnavailable))
+    /// Only the order to send one: index and membership of the least it must cover.
+    fn snapshot(&self, request_index: u64, _: u64) -> Result<Snapshot> {
+        match self.term(self.applied) {
+            Ok(term) if self.applied >= request_index.max(1) => {
+                let metadata = SnapshotMetadata {
+                    conf_state: Some(self.conf_state.clone()).into(),
+                    index: self.applied,
+                    term,
+                    ..Default::default()
+                };
+                Ok(Snapshot { metadata: Some(metadata).into(), ..Default::default() })
+            }
+            _ => Err(Error::Store(StorageError::SnapshotTemporarilyUnavailable)),
+        }
     }
 }
 

@@ -17,6 +17,8 @@ pub struct Status {
     pub proposals_pending: AtomicU64,
     pub proposals_failed: AtomicU64,
     pub proposals_committed: AtomicU64,
+    pub reads_pending: AtomicU64,
+    pub messages_refused: AtomicU64,
     pub heartbeat_send_failures: AtomicU64,
     /// A tick is on its way to raft.
     pub tick_pending: AtomicBool,

@@ -18,6 +18,7 @@ struct Bench {
     applied: u64,
     gate: Gate,
     now: Instant,
+    ids: u64,
 }
 
 fn options(id: u64) -> Options {
@@ -29,6 +30,7 @@ fn options(id: u64) -> Options {
         apply_lag_max: 5_000,
         catch_up_entries: 5,
         catch_up_bytes: 1 << 20,
+        seed: id,
     }
 }
 
@@ -50,6 +52,7 @@ impl Bench {
             applied,
             gate: Gate::new("test", 100_000, 1 << 30),
             now: Instant::now(),
+            ids: 0,
         }
     }
 
@@ -62,10 +65,11 @@ impl Bench {
     }
 
     fn propose_until(&mut self, data: &'static [u8], deadline: Instant) {
+        self.ids += 1;
         let (reply, _) = Reply::new(0);
         let permit = self.gate.try_enter(data.len()).unwrap();
         let ticket = Ticket { request: Box::new(InternalRaftRequest::default()), reply, deadline, permit };
-        self.core.propose(Proposal { data: Bytes::from_static(data), conf_change: false, ticket });
+        self.core.propose(Proposal { data: Bytes::from_static(data), conf_change: false, id: self.ids, ticket });
     }
 
     fn persist(&mut self, number: u64) {
@@ -85,7 +89,7 @@ impl Bench {
     fn conf_changed(&mut self, index: u64) {
         let (id, ..) = founding();
         let change = Some((raftpb::ConfChangeType::ConfChangeAddNode, id));
-        self.core.conf_changed(ConfChanged { index, change, answer: None });
+        self.core.conf_changed(ConfChanged { index, change, answer: None }, &mut self.output);
         self.applied = index;
         self.poll();
     }

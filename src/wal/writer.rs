@@ -7,9 +7,9 @@ use std::sync::Arc;
 
 use super::{Appended, Wal};
 use crate::{
-    actor::{Actor, Message, Sender, Turn, shell::Flow},
+    actor::{Actor, Message, Turn, shell::Flow},
     pb::{raftpb, walpb},
-    raft::{self, Append},
+    raft::{self, Append, RaftSender},
 };
 
 impl Message for Append {
@@ -33,7 +33,7 @@ pub type OnWrite = Arc<dyn Fn(&Appended) + Send + Sync>;
 
 pub struct WalActor {
     wal: Wal,
-    raft: Sender<raft::Proposal, raft::Control>,
+    raft: RaftSender,
     keep_files: usize,
     entries: Vec<raftpb::Entry>,
     hard_state: Option<raftpb::HardState>,
@@ -44,7 +44,7 @@ pub struct WalActor {
 }
 
 impl WalActor {
-    pub fn new(wal: Wal, raft: Sender<raft::Proposal, raft::Control>, keep_files: usize, on_write: OnWrite) -> Self {
+    pub fn new(wal: Wal, raft: RaftSender, keep_files: usize, on_write: OnWrite) -> Self {
         Self { wal, raft, keep_files, entries: Vec::new(), hard_state: None, sync: false, number: None, on_write }
     }
 
@@ -72,6 +72,15 @@ impl Actor for WalActor {
     type Control = Control;
 
     fn on_message(&mut self, append: Append, _: &Turn) {
+        if let Some(snapshot) = append.snapshot {
+            // Behind everything older, in a write of its own: the entries that follow go on from it.
+            self.write();
+            let hard_state = append.hard_state.as_ref().expect("a snapshot comes with the hard state that commits it");
+            match self.wal.install_snapshot(&snapshot, hard_state) {
+                Ok(appended) => (self.on_write)(&appended),
+                Err(e) => self.failed("cannot write the log's snapshot record", e),
+            }
+        }
         self.entries.extend(append.entries);
         self.hard_state = append.hard_state.or(self.hard_state.take());
         self.sync |= append.sync;

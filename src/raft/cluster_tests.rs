@@ -1,0 +1,623 @@
+//! Several cores wired by hand: a network that loses, repeats and reorders, disks that answer late, no threads.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use prost::Message as _;
+use rand::{RngExt, SeedableRng, rngs::StdRng};
+use tokio::sync::oneshot;
+
+use super::{Core, Options, Output, Proposal, ReadRequest, core::Recovered};
+use crate::{
+    actor::Gate,
+    apply::{ConfChanged, Error, Outcome, Reply, Response, Ticket},
+    cluster::{Change, Member},
+    pb::{
+        etcdserverpb::{InternalRaftRequest, PutRequest, RequestHeader},
+        raftpb,
+    },
+};
+
+/// One member: its core, its log as its disk has it, and what it has applied.
+struct Node {
+    core: Core,
+    output: Output,
+    /// The disk answers only when asked to.
+    hangs: bool,
+    unanswered: VecDeque<u64>,
+    disk: BTreeMap<u64, raftpb::Entry>,
+    applied: BTreeMap<u64, Bytes>,
+    applied_index: u64,
+    acknowledged: Vec<u64>,
+}
+
+struct Cluster {
+    nodes: BTreeMap<u64, Node>,
+    network: Vec<raftpb::Message>,
+    /// From, to: nothing arrives.
+    cut: BTreeSet<(u64, u64)>,
+    gate: Gate,
+    now: Instant,
+    ids: u64,
+    answers: Vec<(u64, oneshot::Receiver<Outcome>)>,
+}
+
+fn options(id: u64) -> Options {
+    Options {
+        id,
+        election_ticks: 10,
+        heartbeat_ticks: 1,
+        pre_vote: true,
+        apply_lag_max: 5_000,
+        catch_up_entries: 5,
+        catch_up_bytes: 1 << 20,
+        seed: id.wrapping_mul(0x1234_5678_9abc_def1),
+    }
+}
+
+fn node(id: u64, voters: &[u64]) -> Node {
+    let conf_state = raftpb::ConfState { voters: voters.to_vec(), ..Default::default() };
+    let core = Core::new(options(id), Recovered { conf_state, ..Recovered::default() }).unwrap();
+    Node {
+        core,
+        output: Output::default(),
+        hangs: false,
+        unanswered: VecDeque::new(),
+        disk: BTreeMap::new(),
+        applied: BTreeMap::new(),
+        applied_index: 0,
+        acknowledged: Vec::new(),
+    }
+}
+
+impl Cluster {
+    fn new(n: u64) -> Self {
+        let voters: Vec<u64> = (1..=n).collect();
+        Self {
+            nodes: voters.iter().map(|id| (*id, node(*id, &voters))).collect(),
+            network: Vec::new(),
+            cut: BTreeSet::new(),
+            gate: Gate::new("test", 100_000, 1 << 30),
+            now: Instant::now(),
+            ids: 0,
+            answers: Vec::new(),
+        }
+    }
+
+    fn led(n: u64) -> (Self, u64) {
+        let mut cluster = Self::new(n);
+        let leader = cluster.until_led();
+        (cluster, leader)
+    }
+
+    fn leader(&self) -> Option<u64> {
+        let leading = self.nodes.iter().filter(|(_, n)| n.core.reading().is_leader);
+        leading.max_by_key(|(_, n)| n.core.reading().term).map(|(id, _)| *id)
+    }
+
+    fn until_led(&mut self) -> u64 {
+        for _ in 0..100 {
+            self.tick();
+            self.settle();
+            if let Some(leader) = self.leader()
+                && self.nodes[&leader].core.reading().commit > 0
+            {
+                return leader;
+            }
+        }
+        panic!("no leader within 100 ticks");
+    }
+
+    fn node(&mut self, id: u64) -> &mut Node {
+        self.nodes.get_mut(&id).unwrap()
+    }
+
+    fn tick(&mut self) {
+        self.now += Duration::from_millis(100);
+        for node in self.nodes.values_mut() {
+            node.core.tick(self.now);
+        }
+    }
+
+    fn ticks(&mut self, n: usize) {
+        for _ in 0..n {
+            self.tick();
+            self.settle();
+        }
+    }
+
+    fn ticket(&mut self, request: InternalRaftRequest) -> (u64, Ticket) {
+        self.ids += 1;
+        let (reply, answer) = Reply::new(0);
+        self.answers.push((self.ids, answer));
+        let permit = self.gate.try_enter(1).unwrap();
+        let deadline = self.now + Duration::from_secs(7);
+        (self.ids, Ticket { request: Box::new(request), reply, deadline, permit })
+    }
+
+    fn propose(&mut self, at: u64, key: &str) -> u64 {
+        let (id, ticket) = self.ticket(InternalRaftRequest::default());
+        let header = Some(RequestHeader { id, ..Default::default() });
+        let put = Some(PutRequest { key: key.to_owned().into(), ..Default::default() });
+        let data = InternalRaftRequest { header, put, ..Default::default() }.encode_to_vec().into();
+        self.node(at).core.propose(Proposal { data, conf_change: false, id, ticket });
+        id
+    }
+
+    fn change(&mut self, at: u64, change: &Change) -> u64 {
+        let (id, ticket) = self.ticket(InternalRaftRequest::default());
+        let data = change.encode(id).encode_to_vec().into();
+        self.node(at).core.propose(Proposal { data, conf_change: true, id, ticket });
+        id
+    }
+
+    fn read(&mut self, at: u64) -> oneshot::Receiver<Outcome> {
+        let (reply, answer) = Reply::new(0);
+        let deadline = self.now + Duration::from_secs(7);
+        self.node(at).core.read(ReadRequest { reply, deadline });
+        answer
+    }
+
+    /// One round of a member's work: its disk answers, it applies, its messages go out.
+    fn work(&mut self, id: u64) -> bool {
+        let Some(node) = self.nodes.get_mut(&id) else { return false };
+        node.core.poll(node.applied_index, true, &mut node.output);
+        let mut moved = false;
+        for append in node.output.appends.drain(..) {
+            if let Some(snapshot) = append.snapshot {
+                node.disk.clear();
+                assert!(append.hard_state.unwrap().commit >= snapshot.index);
+            }
+            for entry in append.entries {
+                node.disk.split_off(&entry.index.unwrap());
+                node.disk.insert(entry.index.unwrap(), entry);
+            }
+            node.unanswered.push_back(append.number);
+        }
+        if !node.hangs {
+            while let Some(number) = node.unanswered.pop_front() {
+                node.core.persisted(number, &mut node.output);
+                moved = true;
+            }
+        }
+        if let Some(install) = node.output.install.take() {
+            node.applied_index = install.index;
+            node.core.installed(install.index);
+        }
+        for entry in std::mem::take(&mut node.output.committed) {
+            moved = true;
+            assert_eq!(entry.index, node.applied_index + 1, "applied without gaps");
+            node.applied_index = entry.index;
+            node.applied.insert(entry.index, entry.data.clone());
+            let answer = entry.ticket.map(|t| t.reply);
+            if entry.conf_change {
+                let change = raftpb::ConfChange::decode(entry.data).unwrap();
+                let change = Some((change.r#type(), change.node_id.unwrap()));
+                let answer = answer.map(|reply| (reply, Ok(Response::Done)));
+                node.core.conf_changed(ConfChanged { index: entry.index, change, answer }, &mut node.output);
+            } else if let Some(reply) = answer {
+                reply.answer(Ok(Response::Done));
+                node.acknowledged.push(entry.index);
+            }
+        }
+        for (reply, outcome) in node.output.answers.drain(..) {
+            reply.answer(outcome);
+        }
+        moved |= !node.output.messages.is_empty();
+        self.network.append(&mut node.output.messages);
+        moved
+    }
+
+    fn deliver(&mut self, mut message: raftpb::Message) {
+        let (from, to) = (message.from.unwrap(), message.to.unwrap());
+        if self.cut.contains(&(from, to)) || !self.nodes.contains_key(&to) {
+            return;
+        }
+        if message.r#type() == raftpb::MessageType::MsgSnap {
+            // The database is made when it is sent, and so it may be newer than asked for.
+            let leader = &self.nodes[&from];
+            let newest = leader.applied_index;
+            let term = leader.disk.get(&newest).and_then(|e| e.term);
+            let metadata = message.snapshot.as_mut().unwrap().metadata.as_mut().unwrap();
+            assert!(metadata.index.unwrap() <= newest);
+            if let Some(term) = term {
+                (metadata.index, metadata.term) = (Some(newest), Some(term));
+            }
+            let state = leader.applied.clone();
+            let node = self.node(to);
+            if metadata.index > Some(node.applied_index) {
+                node.applied = state;
+            }
+            self.node(from).core.snapshot_sent(to, true);
+        }
+        self.node(to).core.step(message).unwrap();
+    }
+
+    /// Everything moves until nothing does.
+    fn settle(&mut self) {
+        loop {
+            let ids: Vec<u64> = self.nodes.keys().copied().collect();
+            let moved = ids.into_iter().fold(false, |moved, id| self.work(id) | moved);
+            let messages = std::mem::take(&mut self.network);
+            if !moved && messages.is_empty() {
+                return;
+            }
+            for message in messages {
+                self.deliver(message);
+            }
+        }
+    }
+
+    fn isolate(&mut self, id: u64) {
+        for other in self.nodes.keys().filter(|other| **other != id) {
+            self.cut.extend([(id, *other), (*other, id)]);
+        }
+    }
+
+    fn outcome(&mut self, id: u64) -> Option<Outcome> {
+        self.answers.iter_mut().find(|(i, _)| *i == id).and_then(|(_, answer)| answer.try_recv().ok())
+    }
+
+    /// All logs and all applied states agree where they overlap.
+    fn agree(&self) {
+        for (a, one) in &self.nodes {
+            for (b, two) in &self.nodes {
+                for (index, data) in &one.applied {
+                    if let Some(other) = two.applied.get(index) {
+                        assert_eq!(data, other, "entry {index} of {a} and {b}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn other(cluster: &Cluster, than: u64) -> u64 {
+    *cluster.nodes.keys().find(|id| **id != than).unwrap()
+}
+
+#[test]
+fn three_members_elect_one_and_agree() {
+    let (mut cluster, leader) = Cluster::led(3);
+    let id = cluster.propose(leader, "a");
+    cluster.settle();
+    assert_eq!(cluster.outcome(id), Some(Ok(Response::Done)));
+    cluster.ticks(2);
+    assert!(cluster.nodes.values().all(|n| n.applied_index == 2 && n.core.reading().leader == leader));
+    cluster.agree();
+}
+
+#[test]
+fn follower_forwards_and_hears_the_answer() {
+    // D-15
+    let (mut cluster, leader) = Cluster::led(3);
+    let follower = other(&cluster, leader);
+    let ids: Vec<u64> = (0..50).map(|i| cluster.propose(follower, &format!("k{i}"))).collect();
+    cluster.ticks(2);
+    for id in ids {
+        assert_eq!(cluster.outcome(id), Some(Ok(Response::Done)));
+    }
+    assert_eq!(cluster.nodes[&follower].acknowledged.len(), 50);
+    assert!(cluster.nodes[&leader].acknowledged.is_empty());
+}
+
+#[test]
+fn proposals_wait_for_a_leader_and_are_served_by_it() {
+    // D-16
+    let mut cluster = Cluster::new(3);
+    let id = cluster.propose(2, "a");
+    cluster.ticks(3);
+    assert_eq!(cluster.outcome(id), None);
+    cluster.until_led();
+    cluster.ticks(2);
+    assert_eq!(cluster.outcome(id), Some(Ok(Response::Done)));
+}
+
+#[test]
+fn reads_of_any_member_see_what_was_acknowledged() {
+    // D-8
+    let (mut cluster, leader) = Cluster::led(3);
+    let follower = other(&cluster, leader);
+    cluster.propose(leader, "a");
+    cluster.settle();
+    let commit = cluster.nodes[&leader].core.reading().commit;
+    for at in [leader, follower] {
+        let mut answer = cluster.read(at);
+        cluster.settle();
+        assert_eq!(answer.try_recv().unwrap(), Ok(Response::ReadIndex(commit)));
+    }
+}
+
+#[test]
+fn deposed_leader_answers_no_read() {
+    // D-9, D-18
+    let (mut cluster, leader) = Cluster::led(3);
+    cluster.isolate(leader);
+    let mut answer = cluster.read(leader);
+    cluster.ticks(60);
+    assert!(answer.try_recv().is_err(), "neither an index nor an error yet");
+    assert!(!cluster.nodes[&leader].core.reading().is_leader, "stepped down by itself");
+    cluster.ticks(20);
+    assert_eq!(answer.try_recv().unwrap(), Err(Error::Timeout));
+}
+
+#[test]
+fn late_heartbeat_answers_confirm_no_later_read() {
+    // D-11, H-17: the same request twice, as a network may do it.
+    let (mut cluster, leader) = Cluster::led(3);
+    let follower = other(&cluster, leader);
+    let third = *cluster.nodes.keys().find(|id| ![leader, follower].contains(id)).unwrap();
+    let request = |context: u8| raftpb::Message {
+        r#type: Some(raftpb::MessageType::MsgReadIndex.into()),
+        to: Some(leader),
+        from: Some(follower),
+        entries: vec![raftpb::Entry { data: Some(vec![context; 8].into()), ..Default::default() }],
+        ..Default::default()
+    };
+    cluster.deliver(request(7));
+    cluster.work(leader);
+    // The round's heartbeats are answered, the answers are late.
+    let mut late = Vec::new();
+    for message in std::mem::take(&mut cluster.network) {
+        let to = message.to.unwrap();
+        cluster.deliver(message);
+        cluster.work(to);
+        late.append(&mut cluster.network);
+    }
+    // Another leader commits something that this one does not know.
+    cluster.isolate(leader);
+    while cluster.nodes[&third].core.reading().leader == leader || cluster.leader() == Some(leader) {
+        cluster.now += Duration::from_millis(100);
+        for id in [follower, third] {
+            let now = cluster.now;
+            cluster.node(id).core.tick(now);
+        }
+        cluster.settle();
+    }
+    assert!(cluster.nodes[&leader].core.reading().is_leader, "its clock stands still");
+    let before = cluster.nodes[&leader].core.reading().commit;
+    cluster.propose(follower, "unknown to the old one");
+    cluster.settle();
+    // The same request again, and now the late answers to the first one.
+    cluster.cut.clear();
+    cluster.node(leader).core.step(request(7)).unwrap();
+    cluster.work(leader);
+    cluster.network.clear();
+    for message in late {
+        cluster.deliver(message);
+    }
+    cluster.work(leader);
+    let answered = cluster.network.iter().filter(|m| m.r#type() == raftpb::MessageType::MsgReadIndexResp);
+    assert!(answered.clone().count() <= 1, "the second request must not be answered: {before} is too old for it");
+}
+
+#[test]
+fn membership_changes_keep_their_bytes_in_every_log() {
+    // An added learner has a number that means nothing to the crate; an update means nothing to raft.
+    let (mut cluster, leader) = Cluster::led(3);
+    let follower = other(&cluster, leader);
+    let learner = Member { id: 4, peer_urls: vec!["http://h:4".to_owned()], is_learner: true, ..Member::default() };
+    // A real log begins with the founding members.
+    cluster.nodes.insert(4, node(4, &[1, 2, 3]));
+    let changes = [
+        (follower, Change::Add(learner)),
+        (leader, Change::Update { id: 4, peer_urls: vec!["http://h:5".to_owned()] }),
+        (leader, Change::Promote(4)),
+        (follower, Change::Remove(4)),
+    ];
+    for (at, change) in changes {
+        let id = cluster.change(at, &change);
+        let bytes = Bytes::from(change.encode(id).encode_to_vec());
+        cluster.ticks(3);
+        assert_eq!(cluster.outcome(id), Some(Ok(Response::Done)));
+        for voter in 1..=3 {
+            let node = &cluster.nodes[&voter];
+            assert_eq!(node.disk.values().last().unwrap().data.as_ref(), Some(&bytes), "{change:?} at {voter}");
+            assert_eq!(node.disk.values().last().unwrap().r#type, Some(1));
+        }
+        match change {
+            Change::Add(_) => assert!(cluster.nodes[&4].core.reading().is_learner),
+            Change::Promote(_) => assert!(!cluster.nodes[&4].core.reading().is_learner),
+            _ => {}
+        }
+    }
+    cluster.agree();
+}
+
+#[test]
+fn second_change_under_way_is_refused_at_once() {
+    // C-27
+    let (mut cluster, leader) = Cluster::led(3);
+    let add = |id| Change::Add(Member { id, peer_urls: vec![format!("http://h:{id}")], ..Member::default() });
+    let (first, second) = (cluster.change(leader, &add(8)), cluster.change(leader, &add(9)));
+    cluster.settle();
+    assert_eq!(cluster.outcome(second), Some(Err(Error::ProposalDropped)));
+    cluster.ticks(2);
+    assert_eq!(cluster.outcome(first), Some(Ok(Response::Done)));
+}
+
+#[test]
+fn leader_that_removes_itself_makes_room() {
+    // C-16
+    let (mut cluster, leader) = Cluster::led(3);
+    let id = cluster.change(leader, &Change::Remove(leader));
+    cluster.settle();
+    assert_eq!(cluster.outcome(id), Some(Ok(Response::Done)));
+    assert!(!cluster.nodes[&leader].core.reading().is_leader);
+    cluster.nodes.remove(&leader);
+    let next = cluster.until_led();
+    let id = cluster.propose(next, "a");
+    cluster.ticks(2);
+    assert_eq!(cluster.outcome(id), Some(Ok(Response::Done)));
+}
+
+#[test]
+fn follower_far_behind_gets_a_snapshot_and_goes_on() {
+    // D-26
+    let (mut cluster, leader) = Cluster::led(3);
+    let follower = other(&cluster, leader);
+    cluster.isolate(follower);
+    for i in 0..50 {
+        cluster.propose(leader, &format!("k{i}"));
+        cluster.settle();
+    }
+    let applied = cluster.nodes[&leader].applied_index;
+    let record = cluster.node(leader).core.checkpoint(applied).unwrap();
+    cluster.node(leader).core.compact(record.index.unwrap());
+    cluster.cut.clear();
+    cluster.ticks(5);
+    assert_eq!(cluster.nodes[&follower].applied_index, applied);
+    assert!(!cluster.nodes[&follower].disk.contains_key(&10), "it came by snapshot");
+    let id = cluster.propose(follower, "after");
+    cluster.ticks(2);
+    assert_eq!(cluster.outcome(id), Some(Ok(Response::Done)));
+    cluster.agree();
+}
+
+#[test]
+fn leadership_is_handed_over_and_nothing_is_lost_on_the_way() {
+    // M-40, C-44
+    let (mut cluster, leader) = Cluster::led(3);
+    let follower = other(&cluster, leader);
+    cluster.node(leader).core.transfer(follower);
+    let ids = [cluster.propose(leader, "a"), cluster.propose(follower, "b")];
+    cluster.settle();
+    cluster.ticks(1);
+    assert_eq!(cluster.leader(), Some(follower));
+    cluster.ticks(2);
+    for id in ids {
+        assert_eq!(cluster.outcome(id), Some(Ok(Response::Done)));
+    }
+}
+
+#[test]
+fn leader_whose_disk_hangs_steps_down_and_acknowledges_nothing() {
+    let (mut cluster, leader) = Cluster::led(3);
+    cluster.node(leader).hangs = true;
+    let id = cluster.propose(leader, "a");
+    cluster.ticks(12);
+    assert!(!cluster.nodes[&leader].core.reading().is_leader);
+    let next = (0..40).find_map(|_| {
+        cluster.ticks(1);
+        cluster.leader()
+    });
+    assert!(next.is_some_and(|next| next != leader));
+    assert_ne!(cluster.outcome(id), Some(Err(Error::ProposalDropped)));
+    // The disk is back: it follows.
+    cluster.node(leader).hangs = false;
+    cluster.ticks(5);
+    let id = cluster.propose(leader, "b");
+    cluster.ticks(3);
+    assert_eq!(cluster.outcome(id), Some(Ok(Response::Done)));
+    cluster.agree();
+}
+
+#[test]
+fn returning_member_forces_no_election() {
+    // D-19
+    let (mut cluster, leader) = Cluster::led(3);
+    let follower = other(&cluster, leader);
+    let term = cluster.nodes[&leader].core.reading().term;
+    cluster.isolate(follower);
+    cluster.ticks(100);
+    cluster.cut.clear();
+    cluster.ticks(20);
+    assert_eq!(cluster.leader(), Some(leader));
+    assert_eq!(cluster.nodes[&leader].core.reading().term, term);
+}
+
+/// Random loss, repetition, reordering, cuts, hanging disks, changes of leader, reads and writes at every member.
+fn bad_day(seed: u64) {
+    let mut rng = StdRng::seed_from_u64(seed);
+    let n = rng.random_range(3..=5);
+    let mut cluster = Cluster::new(n);
+    let mut acknowledged = 0;
+    let mut reads: Vec<(u64, oneshot::Receiver<Outcome>)> = Vec::new();
+    for step in 0..1500 {
+        let at = rng.random_range(1..=n);
+        match rng.random_range(0..100) {
+            0..20 => {
+                cluster.propose(at, &format!("k{step}"));
+            }
+            20..30 => {
+                let answer = cluster.read(at);
+                reads.push((acknowledged, answer));
+            }
+            30..32 => cluster.isolate(at),
+            32..34 => cluster.cut.clear(),
+            34 => cluster.node(at).hangs = true,
+            35..38 => cluster.node(at).hangs = false,
+            38 => {
+                let to = rng.random_range(1..=n);
+                cluster.node(at).core.transfer(to);
+            }
+            39 => {
+                let node = cluster.node(at);
+                if let Some(record) = node.core.checkpoint(node.applied_index) {
+                    node.core.compact(record.index.unwrap());
+                }
+            }
+            40..50 => cluster.tick(),
+            50..75 => {
+                cluster.work(at);
+            }
+            _ => {
+                for _ in 0..rng.random_range(1..10) {
+                    if cluster.network.is_empty() {
+                        break;
+                    }
+                    let which = rng.random_range(0..cluster.network.len());
+                    let message = cluster.network.swap_remove(which);
+                    // A snapshot is a post: delivered whole and once, or reported lost.
+                    let copy = message.r#type() != raftpb::MessageType::MsgSnap && rng.random_bool(0.05);
+                    if copy {
+                        cluster.network.push(message.clone());
+                    }
+                    if rng.random_bool(0.9) {
+                        cluster.deliver(message);
+                    } else if message.r#type() == raftpb::MessageType::MsgSnap {
+                        let (from, to) = (message.from.unwrap(), message.to.unwrap());
+                        cluster.node(from).core.snapshot_sent(to, false);
+                    }
+                }
+            }
+        }
+        let newest = cluster.nodes.values().flat_map(|n| n.acknowledged.last()).max();
+        acknowledged = acknowledged.max(newest.copied().unwrap_or(0));
+        reads.retain_mut(|(least, answer)| match answer.try_recv() {
+            Ok(Ok(Response::ReadIndex(index))) => {
+                assert!(index >= *least, "seed {seed}: a read at {index} began after {least} was acknowledged");
+                false
+            }
+            Ok(_) => false,
+            Err(_) => true,
+        });
+    }
+    cluster.agree();
+    // After the faults it heals.
+    cluster.cut.clear();
+    for node in cluster.nodes.values_mut() {
+        node.hangs = false;
+    }
+    cluster.settle();
+    cluster.ticks(60);
+    let leader = cluster.until_led();
+    let id = cluster.propose(leader, "healed");
+    cluster.ticks(20);
+    assert_eq!(cluster.outcome(id), Some(Ok(Response::Done)), "seed {seed}");
+    let indexes: BTreeSet<u64> = cluster.nodes.values().map(|n| n.applied_index).collect();
+    assert_eq!(indexes.len(), 1, "seed {seed}: all have caught up: {indexes:?}");
+    cluster.agree();
+}
+
+#[test]
+fn bad_days_end_well() {
+    let (first, count) = match std::env::var("RAFT_SEED") {
+        Ok(seed) => (seed.parse().unwrap(), 1),
+        Err(_) => (0, 60),
+    };
+    for seed in first..first + count {
+        bad_day(seed);
+    }
+}
