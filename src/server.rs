@@ -2,6 +2,7 @@
 
 mod compactor;
 mod data;
+mod join;
 mod lessor;
 
 use std::sync::{
@@ -78,7 +79,7 @@ pub struct Member {
 /// Opens the data directory and starts everything. Returns once clients are served.
 pub async fn start(config: &Config) -> anyhow::Result<Member> {
     let began = Instant::now();
-    let opened = data::open(config)?;
+    let opened = data::open(config).await?;
     let ids = opened.ids;
     let storage = opened.storage;
     let request_timeout = Duration::from_secs(5) + 2 * Duration::from_millis(config.election_timeout_ms);

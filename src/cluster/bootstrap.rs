@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fmt};
 
 use prost::Message;
 
-use super::{Change, Member, Version, ids};
+use super::{Change, Member, Members, Version, ids};
 use crate::pb::{
     etcdserverpb::InternalRaftRequest,
     membershippb::{Attributes, ClusterMemberAttrSetRequest, ClusterVersionSetRequest},
@@ -27,6 +27,42 @@ pub enum Error {
     NotAdvertised { missing: String, advertised: String, reason: String },
     #[error("--initial-advertise-peer-urls has {missing} but missing from --initial-cluster={initial} ({reason})")]
     NotInitial { missing: String, initial: String, reason: String },
+    #[error("member count is unequal")]
+    MemberCount,
+    #[error("PeerURLs: no match found for existing member ({id}, [{urls}]), last resolver error (<nil>)")]
+    NoMatch { id: String, urls: String },
+}
+
+/// A running cluster that this member may not be part of.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("incompatible with current running cluster")]
+pub struct Incompatible;
+
+/// The oldest cluster that members of this release can be part of.
+const OLDEST: Version = Version::new(3, 0, 0);
+
+/// Whether a member of this version may join a cluster whose members tell these cluster versions, as far as they know one
+/// (C-34).
+pub fn check_versions(own: Version, told: &[Version], downgrading: bool) -> Result<(), Incompatible> {
+    let own = own.cluster_version();
+    let fits = |version: &Version| {
+        let version = version.cluster_version();
+        if downgrading { own.is_one_minor_below(version) } else { (OLDEST..=own).contains(&version) }
+    };
+    if told.is_empty() || !told.iter().all(fits) { Err(Incompatible) } else { Ok(()) }
+}
+
+/// What turns the data of one member into a cluster of its own: the changes that follow the last committed entry.
+/// A vote comes before the others go: raft needs a voter at any time.
+pub fn alone(members: &Members, own: Member) -> Vec<Change> {
+    let mut changes = Vec::new();
+    match members.get(own.id) {
+        None => changes.push(Change::Add(own.clone())),
+        Some(member) if member.is_learner => changes.push(Change::Promote(own.id)),
+        Some(_) => {}
+    }
+    changes.extend(members.iter().filter(|member| member.id != own.id).map(|member| Change::Remove(member.id)));
+    changes
 }
 
 /// Names and peer URLs of the members a cluster begins with.
@@ -50,30 +86,73 @@ impl InitialCluster {
         Ok(Self { members })
     }
 
-    /// Whether the member `name`, which tells others `advertised` (in any order), may begin a cluster with this. Host
-    /// names are compared as written; a caller that resolves them passes resolved ones on both sides.
-    pub fn validate(&self, name: &str, advertised: &[String]) -> Result<(), Error> {
-        let own = self.members.get(name).ok_or_else(|| Error::UnknownName(name.to_owned()))?;
+    /// Whether there is a member `name`, and each URL belongs to one member only.
+    pub fn check(&self, name: &str) -> Result<(), Error> {
+        self.own_urls(name)?;
         let mut all: Vec<&String> = self.members.values().flatten().collect();
         all.sort_unstable();
-        if all.windows(2).any(|pair| pair[0] == pair[1]) {
-            return Err(Error::DuplicateUrl(self.to_string()));
+        match all.windows(2).any(|pair| pair[0] == pair[1]) {
+            true => Err(Error::DuplicateUrl(self.to_string())),
+            false => Ok(()),
+        }
+    }
+
+    /// Whether the member `name`, which tells others `advertised` (in any order), may begin a cluster with this. URLs
+    /// that differ as written are compared again as `resolve` gives them.
+    pub fn validate(&self, name: &str, advertised: &[String], resolve: impl Fn(&str) -> String) -> Result<(), Error> {
+        self.check(name)?;
+        let own = self.own_urls(name)?;
+        if same_urls(own, advertised, &resolve) {
+            return Ok(());
         }
         let mut advertised = advertised.to_vec();
         advertised.sort_unstable();
-        if *own == advertised {
-            return Ok(());
-        }
         let not_in = |urls: &[String], other: &[String]| {
             urls.iter().filter(|url| !other.contains(url)).cloned().collect::<Vec<_>>().join(",")
         };
-        let reason = difference(&advertised, own);
+        let reason = difference(&advertised, own, &resolve);
         let missing = not_in(own, &advertised);
         if !missing.is_empty() {
             return Err(Error::NotAdvertised { missing, advertised: advertised.join(","), reason });
         }
         let missing = not_in(&advertised, own).split(',').map(|url| format!("{name}={url}")).collect::<Vec<_>>();
         Err(Error::NotInitial { missing: missing.join(","), initial: self.to_string(), reason })
+    }
+
+    /// Finds the member `name` among those of a running cluster, by its URLs; all must be the same on both sides.
+    pub fn join(&self, name: &str, running: &[Member], resolve: impl Fn(&str) -> String) -> Result<u64, Error> {
+        let own = self.own_urls(name)?;
+        if running.len() != self.members.len() {
+            return Err(Error::MemberCount);
+        }
+        let mut left: Vec<&Vec<String>> = self.members.values().collect();
+        let mut found = None;
+        for member in running {
+            let Some(at) = left.iter().position(|urls| same_urls(urls, &member.peer_urls, &resolve)) else {
+                return Err(Error::NoMatch { id: ids::hex(member.id), urls: member.peer_urls.join(" ") });
+            };
+            if std::ptr::eq(left.swap_remove(at), own) {
+                found = Some(member.id);
+            }
+        }
+        Ok(found.expect("as many are matched as there are, so each is"))
+    }
+
+    /// The peer URLs of all members but `name`, sorted.
+    pub fn others(&self, name: &str) -> Vec<&str> {
+        let others = self.members.iter().filter(|(of, _)| *of != name);
+        let mut urls: Vec<&str> = others.flat_map(|(_, urls)| urls).map(String::as_str).collect();
+        urls.sort_unstable();
+        urls
+    }
+
+    /// All peer URLs.
+    pub fn urls(&self) -> impl Iterator<Item = &str> {
+        self.members.values().flatten().map(String::as_str)
+    }
+
+    fn own_urls(&self, name: &str) -> Result<&Vec<String>, Error> {
+        self.members.get(name).ok_or_else(|| Error::UnknownName(name.to_owned()))
     }
 
     /// The cluster that these members begin with this token.
@@ -146,10 +225,26 @@ pub fn cluster_version_request(version: Version) -> InternalRaftRequest {
     InternalRaftRequest { cluster_version_set: Some(request), ..Default::default() }
 }
 
-fn difference(advertised: &[String], initial: &[String]) -> String {
-    match advertised.iter().zip(initial).find(|(a, b)| a != b) {
+/// Whether both lists name the same places, as written or else as resolved.
+fn same_urls(a: &[String], b: &[String], resolve: impl Fn(&str) -> String) -> bool {
+    let sorted = |urls: &[String], form: &dyn Fn(&str) -> String| {
+        let mut urls: Vec<String> = urls.iter().map(|url| form(url)).collect();
+        urls.sort_unstable();
+        urls
+    };
+    let same = |form: &dyn Fn(&str) -> String| sorted(a, form) == sorted(b, form);
+    same(&str::to_owned) || same(&resolve)
+}
+
+fn difference(advertised: &[String], initial: &[String], resolve: impl Fn(&str) -> String) -> String {
+    let resolved = |urls: &[String]| {
+        let mut urls: Vec<(String, String)> = urls.iter().map(|url| (resolve(url), url.clone())).collect();
+        urls.sort_unstable();
+        urls
+    };
+    match resolved(advertised).into_iter().zip(resolved(initial)).find(|(a, b)| a.0 != b.0) {
         Some((a, b)) if advertised.len() == initial.len() => {
-            format!("{a:?}(resolved from {a:?}) != {b:?}(resolved from {b:?})")
+            format!("{:?}(resolved from {:?}) != {:?}(resolved from {:?})", a.0, a.1, b.0, b.1)
         }
         _ => format!("len({}) != len({})", quoted(advertised), quoted(initial)),
     }

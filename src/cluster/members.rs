@@ -304,6 +304,17 @@ impl From<MemberJson> for Member {
     }
 }
 
+/// A list as members show it to each other.
+pub fn members_to_json<'a>(members: impl IntoIterator<Item = &'a Member>) -> Vec<u8> {
+    let members: Vec<MemberJson> = members.into_iter().cloned().map(MemberJson::from).collect();
+    json::to_vec(&members)
+}
+
+pub fn members_from_json(text: &[u8]) -> Result<Vec<Member>, serde_json::Error> {
+    let members: Vec<MemberJson> = serde_json::from_slice(text)?;
+    Ok(members.into_iter().map(Member::from).collect())
+}
+
 fn put_row(member: &Member, batch: &mut WriteBatch) {
     batch.put(Bucket::Members, ids::hex(member.id), json::to_vec(&MemberJson::from(member.clone())));
 }

@@ -17,5 +17,5 @@ mod tests;
 mod version;
 
 pub use conf_change::{Change, DecodeError};
-pub use members::{Downgrade, Error, Member, Members, Refusal};
+pub use members::{Downgrade, Error, Member, Members, Refusal, members_from_json, members_to_json};
 pub use version::Version;

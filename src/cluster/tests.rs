@@ -422,7 +422,7 @@ fn founders_join_in_order_of_their_ids_and_the_log_makes_the_membership() {
 fn a_name_may_have_several_urls() {
     let cluster = initial("b=http://h:3,a=http://h:2,a=http://h:1");
     assert_eq!(cluster.to_string(), "a=http://h:1,a=http://h:2,b=http://h:3");
-    assert_eq!(cluster.validate("a", &strings(&["http://h:2", "http://h:1"])), Ok(()));
+    assert_eq!(cluster.validate("a", &strings(&["http://h:2", "http://h:1"]), str::to_owned), Ok(()));
     assert_eq!(cluster.found("t").members.iter().map(|m| m.peer_urls.len()).sum::<usize>(), 3);
 }
 
@@ -430,7 +430,7 @@ fn a_name_may_have_several_urls() {
 fn a_wrong_initial_cluster_says_what_is_wrong() {
     // limits.md 17, ctl.md (restore)
     let refuse = |text: &str, name: &str, advertised: &[&str]| {
-        initial(text).validate(name, &strings(advertised)).unwrap_err().to_string()
+        initial(text).validate(name, &strings(advertised), str::to_owned).unwrap_err().to_string()
     };
     assert_eq!(
         refuse("default=http://h:1", "zz", &["http://h:1"]),
@@ -452,7 +452,7 @@ fn a_wrong_initial_cluster_says_what_is_wrong() {
     );
     let parse = |text| InitialCluster::parse(text, |url| Err(format!("bad {url:?}")));
     assert_eq!(parse("a").unwrap_err().to_string(), r#"bad """#);
-    assert_eq!(initial("").validate("a", &[]), Err(bootstrap::Error::UnknownName("a".to_owned())));
+    assert_eq!(initial("").validate("a", &[], str::to_owned), Err(bootstrap::Error::UnknownName("a".to_owned())));
 }
 
 #[test]

@@ -1,8 +1,32 @@
 //! Questions to other members over their peer URLs, each one request on a connection of its own.
+//!
+//! Rare questions only: joining, versions, hashes, forwarded renewals. raft's messages have connections of their own.
 
 use std::time::Duration;
 
-use crate::{cluster::Member, pb::etcdserverpb::LeaseTimeToLiveResponse};
+use bytes::Bytes;
+use http::{HeaderMap, Method, Request, StatusCode, header};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper_util::rt::TokioIo;
+use prost::Message;
+use serde::Deserialize;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpStream, UnixStream},
+    task::JoinSet,
+};
+
+use super::CLUSTER_ID;
+use crate::{
+    cluster::{Member, ids, members_from_json},
+    config::{Scheme, Url},
+    pb::{
+        etcdserverpb::{
+            LeaseKeepAliveRequest, LeaseKeepAliveResponse, LeaseTimeToLiveRequest, LeaseTimeToLiveResponse,
+        },
+        leasepb::{LeaseInternalRequest, LeaseInternalResponse},
+    },
+};
 
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum Error {
@@ -15,11 +39,15 @@ pub enum Error {
 }
 
 /// `/version` of another member.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
 pub struct Versions {
+    #[serde(rename = "etcdserver")]
     pub server: String,
     /// `not_decided` before it is known.
+    #[serde(rename = "etcdcluster")]
     pub cluster: String,
+    /// `unknown` before it is known; empty from members older than 3.6.
     pub storage: String,
 }
 
@@ -29,47 +57,196 @@ pub struct HashKv {
     pub revision: i64,
     pub hash: u32,
     pub compact_revision: i64,
+    /// 0 from members older than 3.6.
     pub hash_revision: i64,
 }
 
-fn not_yet<T>(url: &str) -> Result<T, Error> {
-    Err(Error::Unreachable { url: url.to_owned(), reason: "not implemented".to_owned() })
+/// An answer as JSON; fields that are zero are left out by who sends it.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct HashKvJson {
+    header: HashKvHeader,
+    hash: u32,
+    compact_revision: i64,
+    hash_revision: i64,
 }
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct HashKvHeader {
+    revision: i64,
+}
+
+/// Lists, versions, hashes and refusals are small.
+const BODY_BYTES_MAX: usize = 4 << 20;
+/// The keys of one lease; etcd has the same limit.
+const LEASE_BYTES_MAX: usize = 100 << 20;
+/// Of the text of a refusal.
+const TEXT_CHARS_MAX: usize = 1_000;
 
 /// The cluster id and the members a member of it lists.
-pub async fn members(url: &str, _timeout: Duration) -> Result<(u64, Vec<Member>), Error> {
-    not_yet(url)
+pub async fn members(url: &str, timeout: Duration) -> Result<(u64, Vec<Member>), Error> {
+    let (headers, body) = get("/members").send(url, timeout).await?;
+    let id = headers.get(CLUSTER_ID).and_then(|id| u64::from_str_radix(id.to_str().ok()?, 16).ok());
+    let id = id.ok_or_else(|| unreachable(url, "its answer has no cluster ID"))?;
+    Ok((id, members_from_json(&body).map_err(|e| unreachable(url, format!("its list of members: {e}")))?))
 }
 
-pub async fn versions(url: &str, _timeout: Duration) -> Result<Versions, Error> {
-    not_yet(url)
+pub async fn versions(url: &str, timeout: Duration) -> Result<Versions, Error> {
+    let (_, body) = get("/version").send(url, timeout).await?;
+    from_json(url, &body)
 }
 
-pub async fn downgrade_enabled(url: &str, _timeout: Duration) -> Result<bool, Error> {
-    not_yet(url)
+pub async fn downgrade_enabled(url: &str, timeout: Duration) -> Result<bool, Error> {
+    let (_, body) = get("/downgrade/enabled").send(url, timeout).await?;
+    match &body[..] {
+        b"true" => Ok(true),
+        b"false" => Ok(false),
+        _ => Err(unreachable(url, "its answer is neither true nor false")),
+    }
 }
 
 /// Asks the leader to promote the learner `id`; the members after it.
-pub async fn promote(url: &str, _id: u64, _timeout: Duration) -> Result<Vec<Member>, Error> {
-    not_yet(url)
+pub async fn promote(url: &str, id: u64, timeout: Duration) -> Result<Vec<Member>, Error> {
+    let question = Question { method: Method::POST, ..get(&format!("/members/promote/{id}")) };
+    let (_, body) = question.send(url, timeout).await?;
+    members_from_json(&body).map_err(|e| unreachable(url, format!("its list of members: {e}")))
 }
 
 /// Asks the leader to renew a lease; its full time to live.
-pub async fn renew_lease(url: &str, _id: i64, _timeout: Duration) -> Result<i64, Error> {
-    not_yet(url)
+pub async fn renew_lease(url: &str, id: i64, timeout: Duration) -> Result<i64, Error> {
+    let question = post_protobuf("/leases", &LeaseKeepAliveRequest { id });
+    let (_, body) = question.send(url, timeout).await?;
+    let response = LeaseKeepAliveResponse::decode(body).map_err(|e| unreachable(url, e))?;
+    if response.id != id {
+        return Err(unreachable(url, "its answer is about another lease"));
+    }
+    Ok(response.ttl)
 }
 
 /// Asks the leader for the time a lease has left.
 pub async fn lease_time_to_live(
     url: &str,
-    _id: i64,
-    _keys: bool,
-    _timeout: Duration,
+    id: i64,
+    keys: bool,
+    timeout: Duration,
 ) -> Result<LeaseTimeToLiveResponse, Error> {
-    not_yet(url)
+    let request = LeaseInternalRequest { lease_time_to_live_request: Some(LeaseTimeToLiveRequest { id, keys }) };
+    let (_, body) = post_protobuf("/leases/internal", &request).send(url, timeout).await?;
+    let response = LeaseInternalResponse::decode(body).map_err(|e| unreachable(url, e))?;
+    match response.lease_time_to_live_response {
+        Some(response) if response.id == id => Ok(response),
+        _ => Err(unreachable(url, "its answer is about another lease")),
+    }
 }
 
 /// Revision 0: the present one.
-pub async fn hash_kv(url: &str, _cluster_id: u64, _revision: i64, _timeout: Duration) -> Result<HashKv, Error> {
-    not_yet(url)
+pub async fn hash_kv(url: &str, cluster_id: u64, revision: i64, timeout: Duration) -> Result<HashKv, Error> {
+    let body = if revision == 0 { "{}".to_owned() } else { format!(r#"{{"revision":{revision}}}"#) };
+    let question = Question {
+        cluster_id: Some(cluster_id),
+        content_type: Some("application/json"),
+        body: Bytes::from(body),
+        ..get("/members/hashkv")
+    };
+    let (_, body) = question.send(url, timeout).await?;
+    let HashKvJson { header, hash, compact_revision, hash_revision } = from_json(url, &body)?;
+    Ok(HashKv { revision: header.revision, hash, compact_revision, hash_revision })
+}
+
+struct Question {
+    method: Method,
+    path: String,
+    cluster_id: Option<u64>,
+    content_type: Option<&'static str>,
+    body: Bytes,
+    answer_bytes_max: usize,
+}
+
+fn get(path: &str) -> Question {
+    Question {
+        method: Method::GET,
+        path: path.to_owned(),
+        cluster_id: None,
+        content_type: None,
+        body: Bytes::new(),
+        answer_bytes_max: BODY_BYTES_MAX,
+    }
+}
+
+fn post_protobuf(path: &str, message: &impl Message) -> Question {
+    Question {
+        method: Method::POST,
+        content_type: Some("application/protobuf"),
+        body: message.encode_to_vec().into(),
+        answer_bytes_max: LEASE_BYTES_MAX,
+        ..get(path)
+    }
+}
+
+impl Question {
+    /// Headers and body of an answer 200.
+    async fn send(self, url: &str, timeout: Duration) -> Result<(HeaderMap, Bytes), Error> {
+        match tokio::time::timeout(timeout, self.exchange(url)).await {
+            Ok(answer) => answer,
+            Err(_) => Err(unreachable(url, format!("no answer within {timeout:?}"))),
+        }
+    }
+
+    async fn exchange(self, text: &str) -> Result<(HeaderMap, Bytes), Error> {
+        let url = Url::parse(text).map_err(|e| unreachable(text, e))?;
+        match url.scheme() {
+            Scheme::Http => {
+                let port: u16 = url.port().parse().map_err(|_| unreachable(text, "its port is no number"))?;
+                let stream = TcpStream::connect((url.host(), port)).await.map_err(|e| unreachable(text, e))?;
+                let host = if url.host().contains(':') { format!("[{}]", url.host()) } else { url.host().to_owned() };
+                self.over(stream, text, &format!("{host}:{port}")).await
+            }
+            Scheme::Unix => {
+                let stream = UnixStream::connect(url.socket_path()).await.map_err(|e| unreachable(text, e))?;
+                self.over(stream, text, "localhost").await
+            }
+            Scheme::Https | Scheme::Unixs => Err(unreachable(text, "not implemented: TLS between members")),
+        }
+    }
+
+    async fn over<S>(self, stream: S, url: &str, host: &str) -> Result<(HeaderMap, Bytes), Error>
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let limit = self.answer_bytes_max;
+        let request = self.request(host).map_err(|e| unreachable(url, e))?;
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| unreachable(url, e))?;
+        // Ends with this call, whatever way it ends.
+        let mut driver = JoinSet::new();
+        driver.spawn(connection);
+        let answer = sender.send_request(request).await.map_err(|e| unreachable(url, e))?;
+        let (head, body) = answer.into_parts();
+        let body = Limited::new(body, limit).collect().await.map_err(|e| unreachable(url, e))?.to_bytes();
+        if head.status == StatusCode::OK {
+            return Ok((head.headers, body));
+        }
+        let text: String = String::from_utf8_lossy(&body).trim().chars().take(TEXT_CHARS_MAX).collect();
+        Err(Error::Refused { url: url.to_owned(), status: head.status.as_u16(), text })
+    }
+
+    fn request(self, host: &str) -> http::Result<Request<Full<Bytes>>> {
+        let mut request = Request::builder().method(self.method).uri(self.path).header(header::HOST, host);
+        if let Some(id) = self.cluster_id {
+            request = request.header(CLUSTER_ID, ids::hex(id));
+        }
+        if let Some(content_type) = self.content_type {
+            request = request.header(header::CONTENT_TYPE, content_type);
+        }
+        request.body(Full::new(self.body))
+    }
+}
+
+fn from_json<'a, T: Deserialize<'a>>(url: &str, body: &'a [u8]) -> Result<T, Error> {
+    serde_json::from_slice(body).map_err(|e| unreachable(url, format!("its answer: {e}")))
+}
+
+fn unreachable(url: &str, reason: impl ToString) -> Error {
+    Error::Unreachable { url: url.to_owned(), reason: reason.to_string() }
 }

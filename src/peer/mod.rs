@@ -13,6 +13,9 @@ use futures_util::future::BoxFuture;
 
 use crate::pb::raftpb;
 
+/// Header that names the cluster, in requests and in answers.
+pub const CLUSTER_ID: &str = "x-etcd-cluster-id";
+
 /// What arrives from other members, and what becomes of what was sent. No call waits.
 pub trait Incoming: Send + Sync + 'static {
     /// For raft; dropped and counted when raft has no room.

@@ -2,12 +2,11 @@
 
 use std::{fs, os::unix::fs::DirBuilderExt, sync::Arc};
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, bail};
 
 use crate::{
     apply,
-    cluster::bootstrap::InitialCluster,
-    config::{Config, Url},
+    config::Config,
     lease,
     pb::etcdserverpb::Metadata,
     raft::Recovered,
@@ -17,6 +16,8 @@ use crate::{
     },
     wal::{self, Wal},
 };
+
+use super::join;
 
 #[derive(Clone, Copy, Debug)]
 pub struct Ids {
@@ -34,7 +35,7 @@ pub struct Opened {
     pub lock: StoreDir,
 }
 
-pub fn open(config: &Config) -> anyhow::Result<Opened> {
+pub async fn open(config: &Config) -> anyhow::Result<Opened> {
     let member_dir = config.member_path();
     fs::DirBuilder::new()
         .recursive(true)
@@ -54,7 +55,11 @@ pub fn open(config: &Config) -> anyhow::Result<Opened> {
     let log_exists = Wal::exists(&*disk, &options.dir)?;
     let had_store = stores.current()?.is_some();
     if !log_exists {
-        create_log(config, options.clone())?;
+        let first = join::begin(config).await?;
+        let metadata = Metadata { node_id: Some(first.ids.member), cluster_id: Some(first.ids.cluster) };
+        Wal::create(options.clone(), &metadata, &first.entries, first.hard_state.as_ref())?.close()?;
+    } else if !config.force_new_cluster {
+        tracing::info!("the data directory has data: --initial-* and --discovery-* are ignored");
     }
     let (log, found) = Wal::open(options)?;
     let ids = Ids { member: found.metadata.node_id.unwrap_or(0), cluster: found.metadata.cluster_id.unwrap_or(0) };
@@ -103,25 +108,4 @@ pub fn open(config: &Config) -> anyhow::Result<Opened> {
         applied,
     };
     Ok(Opened { ids, wal: log, recovered, storage, core, lock: stores })
-}
-
-/// The first log of a new cluster's member.
-fn create_log(config: &Config, options: wal::Options) -> anyhow::Result<()> {
-    let parse = |text: &str| Url::parse(text).map(|url| url.to_string());
-    let initial =
-        InitialCluster::parse(&config.initial_cluster, parse).map_err(|e| anyhow!("--initial-cluster: {e}"))?;
-    if config.initial_cluster_state == "existing" {
-        bail!("not implemented: joining a running cluster (--initial-cluster-state=existing)");
-    }
-    let advertised: Vec<String> = config.initial_advertise_peer_urls.iter().map(ToString::to_string).collect();
-    initial.validate(&config.name, &advertised)?;
-    let founding = initial.found(&config.initial_cluster_token);
-    if founding.members.len() > 1 {
-        bail!("not implemented: clusters of more than one member (--initial-cluster names {})", founding.members.len());
-    }
-    let member = founding.member_id(&config.name).context("the own name is in --initial-cluster")?;
-    let metadata = Metadata { node_id: Some(member), cluster_id: Some(founding.cluster_id) };
-    let log = Wal::create(options, &metadata, &founding.entries(), Some(&founding.hard_state()))?;
-    log.close()?;
-    Ok(())
 }

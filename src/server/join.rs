@@ -1,0 +1,172 @@
+//! How a member without data begins: with the others of a new cluster, or as a new member of a running one. What the
+//! others say is fetched here; what it means is decided in `cluster::bootstrap`.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use anyhow::{Context, anyhow, bail};
+
+use crate::{
+    cluster::{
+        Member, Version,
+        bootstrap::{self, InitialCluster},
+        ids,
+    },
+    config::{Config, ETCD_VERSION, Url},
+    pb::raftpb::{Entry, HardState},
+    peer::client,
+};
+
+use super::data::Ids;
+
+/// How long the others are asked whether this member has been there before.
+const ASK_NEW: Duration = Duration::from_secs(1);
+/// How long each member of a running cluster is asked for something.
+const ASK_EXISTING: Duration = Duration::from_secs(10);
+/// How long names that do not resolve are tried.
+const RESOLVE: Duration = Duration::from_secs(30);
+const RESOLVE_RETRY: Duration = Duration::from_secs(1);
+
+/// The first content of a member's log.
+pub struct First {
+    pub ids: Ids,
+    /// Empty for a member that gets the log of a running cluster.
+    pub entries: Vec<Entry>,
+    pub hard_state: Option<HardState>,
+}
+
+pub async fn begin(config: &Config) -> anyhow::Result<First> {
+    let parse = |text: &str| Url::parse(text).map(|url| url.to_string());
+    if !config.discovery_srv.is_empty() {
+        bail!("not implemented: members from DNS SRV records (--discovery-srv)");
+    }
+    if !config.discovery.endpoints.is_empty() {
+        bail!("not implemented: the discovery service (--discovery-endpoints)");
+    }
+    let initial =
+        InitialCluster::parse(&config.initial_cluster, parse).map_err(|e| anyhow!("--initial-cluster: {e}"))?;
+    if config.initial_cluster_state == "existing" {
+        join(config, &initial).await
+    } else {
+        found(config, &initial).await
+    }
+}
+
+/// A new cluster: each of its members computes the same from the same list.
+async fn found(config: &Config, initial: &InitialCluster) -> anyhow::Result<First> {
+    let advertised: Vec<String> = config.initial_advertise_peer_urls.iter().map(ToString::to_string).collect();
+    if initial.validate(&config.name, &advertised, str::to_owned).is_err() {
+        initial.check(&config.name)?;
+        let resolved = resolve_all(initial.urls().chain(advertised.iter().map(String::as_str))).await;
+        initial.validate(&config.name, &advertised, |url| resolved_form(&resolved, url))?;
+    }
+    let founding = initial.found(&config.initial_cluster_token);
+    let member = founding.member_id(&config.name).context("the own name is in --initial-cluster")?;
+    if let Some((_, members)) = first_members(&initial.others(&config.name), ASK_NEW).await {
+        let known = members.iter().find(|other| other.id == member);
+        if known.is_some_and(|member| !member.client_urls.is_empty()) {
+            bail!("member {} has already been bootstrapped", ids::hex(member));
+        }
+    }
+    Ok(First {
+        ids: Ids { member, cluster: founding.cluster_id },
+        entries: founding.entries(),
+        hard_state: Some(founding.hard_state()),
+    })
+}
+
+/// A running cluster, which has been told of this member: ids come from there, and the log will.
+async fn join(config: &Config, initial: &InitialCluster) -> anyhow::Result<First> {
+    initial.check(&config.name)?;
+    let others = initial.others(&config.name);
+    let (cluster, members) = first_members(&others, ASK_EXISTING).await.context(
+        "cannot fetch cluster info from peer urls: could not retrieve cluster information from the given URLs",
+    )?;
+    let member = match initial.join(&config.name, &members, str::to_owned) {
+        Err(bootstrap::Error::NoMatch { .. }) => {
+            let listed = members.iter().flat_map(|member| &member.peer_urls).map(String::as_str);
+            let resolved = resolve_all(initial.urls().chain(listed)).await;
+            initial.join(&config.name, &members, |url| resolved_form(&resolved, url))
+        }
+        done => done,
+    };
+    let member = member.map_err(|e| anyhow!("error validating peerURLs {}: {e}", listed(cluster, &members)))?;
+    check_versions(member, &members).await?;
+    let learners = members.iter().filter(|member| member.is_learner).count();
+    if learners > usize::try_from(config.max_learners).unwrap_or(0) {
+        bail!("the cluster has {learners} learners; --max-learners allows {}", config.max_learners);
+    }
+    Ok(First { ids: Ids { member, cluster }, entries: Vec::new(), hard_state: None })
+}
+
+/// Each other member's answer counts, as far as it knows the cluster's version.
+async fn check_versions(own_id: u64, members: &[Member]) -> anyhow::Result<()> {
+    let mut told = Vec::new();
+    let mut downgrading = None;
+    for member in members.iter().filter(|member| member.id != own_id) {
+        for url in &member.peer_urls {
+            match client::versions(url, ASK_EXISTING).await {
+                Ok(versions) => {
+                    told.extend(versions.cluster.parse::<Version>());
+                    break;
+                }
+                Err(e) => tracing::warn!("cannot learn a member's version: {e}"),
+            }
+        }
+        for url in &member.peer_urls {
+            if downgrading.is_none() {
+                downgrading = client::downgrade_enabled(url, ASK_EXISTING).await.ok();
+            }
+        }
+    }
+    let own: Version = ETCD_VERSION.parse()?;
+    Ok(bootstrap::check_versions(own, &told, downgrading.unwrap_or(false))?)
+}
+
+/// What the first of these URLs that answers says.
+async fn first_members(urls: &[&str], timeout: Duration) -> Option<(u64, Vec<Member>)> {
+    for url in urls {
+        match client::members(url, timeout).await {
+            Ok(answer) => return Some(answer),
+            Err(e) => tracing::info!("no list of members: {e}"),
+        }
+    }
+    None
+}
+
+/// The URLs whose host is a name, with its address in its place. Names that do not resolve in time are left out.
+async fn resolve_all<'a>(urls: impl Iterator<Item = &'a str>) -> BTreeMap<String, String> {
+    let deadline = tokio::time::Instant::now() + RESOLVE;
+    let mut resolved = BTreeMap::new();
+    for text in urls {
+        let Ok(url) = Url::parse(text) else { continue };
+        if url.is_socket() || url.host() == "localhost" || url.host().parse::<std::net::IpAddr>().is_ok() {
+            continue;
+        }
+        while !resolved.contains_key(text) && tokio::time::Instant::now() < deadline {
+            let host_and_port = format!("{}:{}", url.host(), url.port());
+            match tokio::time::timeout_at(deadline, tokio::net::lookup_host(&host_and_port)).await {
+                Ok(Ok(mut found)) => {
+                    let address =
+                        found.next().map_or_else(|| url.host().to_owned(), |address| address.ip().to_string());
+                    resolved.insert(text.to_owned(), url.with_host(&address).to_string());
+                }
+                Ok(Err(e)) => {
+                    tracing::warn!(host = url.host(), "cannot resolve a peer URL: {e}; trying again");
+                    tokio::time::sleep(RESOLVE_RETRY).await;
+                }
+                Err(_) => {}
+            }
+        }
+    }
+    resolved
+}
+
+fn resolved_form(resolved: &BTreeMap<String, String>, url: &str) -> String {
+    resolved.get(url).cloned().unwrap_or_else(|| url.to_owned())
+}
+
+/// A running cluster in a text.
+fn listed(cluster: u64, members: &[Member]) -> String {
+    let ids: Vec<String> = members.iter().map(|member| ids::hex(member.id)).collect();
+    format!("{{ClusterID:{} MemberIDs:[{}]}}", ids::hex(cluster), ids.join(" "))
+}
