@@ -8,6 +8,8 @@ pub enum Thread {
     Apply,
     /// Blocks in syncs of the store.
     Checkpoint,
+    /// Connections to other members.
+    Peer,
     /// Actors that do little: lease expirer, compactor.
     Shared,
 }
@@ -18,6 +20,7 @@ pub const TABLE: &[(&str, Thread, bool)] = &[
     ("wal", Thread::Wal, true),
     ("apply", Thread::Apply, true),
     ("checkpointer", Thread::Checkpoint, true),
+    ("peer", Thread::Peer, false),
     ("lease_expirer", Thread::Shared, false),
     ("compactor", Thread::Shared, false),
 ];

@@ -18,6 +18,11 @@ impl Registry {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).actors.push(actor.clone());
     }
 
+    /// For an actor that has ended while the process goes on.
+    pub fn remove(&self, actor: &Arc<Stats>) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).actors.retain(|listed| !Arc::ptr_eq(listed, actor));
+    }
+
     pub fn add_gate(&self, gate: &Gate) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).gates.push(gate.clone());
     }

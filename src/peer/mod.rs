@@ -1,10 +1,32 @@
 //! Connections to the other members, in etcd's own peer protocol over HTTP/1.1.
 //!
+//! * [`transport`] knows the other members and passes raft's messages to their actors; [`peer`] is such an actor.
+//! * [`reader`] dials and reads streams, [`stream`] writes those dialled by others, [`post`] sends what goes on no stream.
+//! * [`listener`] is the peer port, [`accept`] answers there; [`codec`] knows the bytes, [`wire`] the headers.
 //! * [`client`] asks other members: their lists, versions, hashes, leases.
 //!
 //! Not here: what messages mean (`raft`), how a database is made or installed (`snapshot`).
 
+mod accept;
 pub mod client;
+pub mod codec;
+pub mod dial;
+pub mod listener;
+pub mod metrics;
+mod peer;
+mod post;
+mod probe;
+mod reader;
+mod status;
+mod stream;
+#[cfg(test)]
+mod tests;
+pub mod transport;
+mod wire;
+
+pub use accept::Body;
+pub use listener::{Bound, Handler, Listening};
+pub use transport::{Transport, Wiring};
 
 use std::time::Instant;
 
@@ -55,4 +77,11 @@ impl Links for NoLinks {
     fn connected_since(&self, _: u64) -> Option<Instant> {
         None
     }
+}
+
+/// Bytes a message keeps in memory beside its own size.
+fn size_of(message: &raftpb::Message) -> usize {
+    let length = |bytes: &Option<Bytes>| bytes.as_ref().map_or(0, Bytes::len);
+    let entries: usize = message.entries.iter().map(|e| length(&e.data) + std::mem::size_of::<raftpb::Entry>()).sum();
+    entries + length(&message.context) + message.snapshot.as_ref().map_or(0, |s| length(&s.data))
 }

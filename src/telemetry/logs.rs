@@ -340,7 +340,7 @@ pub fn took(duration: Duration) -> GoDuration {
 }
 
 /// `2026-01-02T15:04:05.000000Z` for a time since 1970.
-fn timestamp(since_epoch: Duration) -> String {
+pub fn timestamp(since_epoch: Duration) -> String {
     let seconds = since_epoch.as_secs();
     let (year, month, day) = civil_date(seconds / 86_400);
     let (hour, minute, second) = (seconds / 3_600 % 24, seconds / 60 % 60, seconds % 60);
