@@ -11,6 +11,7 @@ use crate::{
     lease,
     pb::etcdserverpb::Metadata,
     raft::Recovered,
+    snapshot::import,
     storage::{
         fjall::{FjallStorage, Options},
         layout::{self, StoreDir},
@@ -69,6 +70,7 @@ pub fn open(config: &Config) -> anyhow::Result<Opened> {
             member_dir.display()
         );
     }
+    import::settle(&stores, compacted.0)?;
     let storage = Arc::new(stores.open_current(&Options::default())?);
     let settings = apply::Settings {
         member_id: ids.member,
