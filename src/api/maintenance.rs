@@ -2,8 +2,8 @@
 
 use std::pin::Pin;
 
-use tokio::sync::oneshot;
-use tokio_stream::Stream;
+use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio_stream::{Stream, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status};
 
 use super::{
@@ -21,7 +21,40 @@ use crate::{
         MoveLeaderRequest, MoveLeaderResponse, SnapshotRequest, SnapshotResponse, StatusRequest, StatusResponse,
         alarm_request::AlarmAction, maintenance_server::Maintenance,
     },
+    snapshot::{
+        self,
+        backup::{self, Part},
+    },
 };
+
+/// Backups at the same time; more wait. Each is a thread and a hold on old rows.
+static BACKUPS: Semaphore = Semaphore::const_new(32);
+/// Parts of a backup, 32 KiB each, that wait for their client.
+const PARTS_AHEAD: usize = 4;
+
+/// The client of a backup.
+struct Parts(mpsc::Sender<Result<SnapshotResponse, Status>>);
+
+impl backup::Receiver for Parts {
+    fn is_there(&self) -> bool {
+        !self.0.is_closed()
+    }
+
+    fn take(&mut self, Part { blob, remaining_bytes, version }: Part) -> bool {
+        // M-33: no header.
+        let response = SnapshotResponse { header: None, remaining_bytes, blob, version };
+        self.0.blocking_send(Ok(response)).is_ok()
+    }
+}
+
+impl Drop for Parts {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            // Else the stream would end as if it were complete.
+            let _ = self.0.blocking_send(Err(Status::internal("the backup broke off")));
+        }
+    }
+}
 
 /// Quota shown when none is configured.
 const DEFAULT_QUOTA: i64 = 2 << 30;
@@ -120,7 +153,26 @@ impl Maintenance for Handle {
     type SnapshotStream = Pin<Box<dyn Stream<Item = Result<SnapshotResponse, Status>> + Send>>;
 
     async fn snapshot(&self, _: Request<SnapshotRequest>) -> Result<Response<Self::SnapshotStream>, Status> {
-        Err(not_implemented("backups of the store"))
+        let slot = BACKUPS.acquire().await.map_err(|_| Error::Stopped)?;
+        let (sender, parts) = mpsc::channel(PARTS_AHEAD);
+        let server = self.server.clone();
+        // A client that goes away closes the channel, and the next look at it ends the thread, and with it the hold
+        // on the engine's old rows.
+        let run = move || {
+            let _slot = slot;
+            let mut to = Parts(sender);
+            match backup::send(&*server.storage, &mut to) {
+                Ok(()) => {}
+                Err(snapshot::Error::Gone) => tracing::info!("a backup was ended by its client"),
+                Err(e) => {
+                    tracing::warn!("a backup failed: {e}");
+                    let _ = to.0.blocking_send(Err(Status::internal(e.to_string())));
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("backup".to_owned()).spawn(run);
+        thread.map_err(|e| Status::resource_exhausted(format!("no thread for a backup: {e}")))?;
+        Ok(Response::new(Box::pin(ReceiverStream::new(parts))))
     }
 
     async fn move_leader(&self, request: Request<MoveLeaderRequest>) -> Result<Response<MoveLeaderResponse>, Status> {

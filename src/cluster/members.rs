@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::{Change, Version, ids, json};
 use crate::{
     pb::{etcdserverpb, membershippb, raftpb},
-    storage::{self, Bucket, Storage, WriteBatch},
+    storage::{self, Bucket, Snapshot, Storage, Visit, WriteBatch},
 };
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -84,8 +84,17 @@ const REMOVED: &[u8] = b"removed";
 impl Members {
     /// What is stored.
     pub fn load(storage: &dyn Storage) -> Result<Self, storage::Error> {
+        Self::read(&|bucket, visit| storage.scan(bucket, &[], &[], visit))
+    }
+
+    /// What was stored at the moment of a snapshot.
+    pub fn load_snapshot(snapshot: &dyn Snapshot) -> Result<Self, storage::Error> {
+        Self::read(&|bucket, visit| snapshot.scan(bucket, &[], &[], visit))
+    }
+
+    fn read(rows: &Rows<'_>) -> Result<Self, storage::Error> {
         let mut state = State::default();
-        scan(storage, Bucket::Members, |key, value| {
+        scan(rows, Bucket::Members, |key, value| {
             let member = Member::from(serde_json::from_slice::<MemberJson>(value).map_err(|e| e.to_string())?);
             if parse_id(key)? != member.id {
                 return Err(format!("holds member {:x}", member.id));
@@ -93,11 +102,11 @@ impl Members {
             state.members.insert(member.id, member);
             Ok(())
         })?;
-        scan(storage, Bucket::MembersRemoved, |key, _| {
+        scan(rows, Bucket::MembersRemoved, |key, _| {
             state.removed.insert(parse_id(key)?);
             Ok(())
         })?;
-        scan(storage, Bucket::Cluster, |key, value| {
+        scan(rows, Bucket::Cluster, |key, value| {
             match key {
                 CLUSTER_VERSION => {
                     let text = std::str::from_utf8(value).map_err(|e| e.to_string())?;
@@ -326,14 +335,17 @@ fn parse_id(key: &[u8]) -> Result<u64, String> {
     if ids::hex(id) == text { Ok(id) } else { Err("is no id".to_owned()) }
 }
 
+/// Scans a whole bucket.
+type Rows<'a> = dyn Fn(Bucket, Visit<'_>) -> Result<(), storage::Error> + 'a;
+
 /// Visits each row of a bucket; the first that cannot be read ends it.
 fn scan(
-    storage: &dyn Storage,
+    rows: &Rows<'_>,
     bucket: Bucket,
     mut row: impl FnMut(&[u8], &[u8]) -> Result<(), String>,
 ) -> Result<(), storage::Error> {
     let mut damaged = None;
-    storage.scan(bucket, &[], &[], &mut |key, value| match row(key, &value) {
+    rows(bucket, &mut |key, value| match row(key, &value) {
         Ok(()) => true,
         Err(reason) => {
             let key = String::from_utf8_lossy(key);

@@ -10,6 +10,7 @@ use crate::{
     lease,
     pb::etcdserverpb::Metadata,
     raft::Recovered,
+    snapshot::import,
     storage::{
         fjall::{FjallStorage, Options},
         layout::{self, StoreDir},
@@ -74,6 +75,7 @@ pub async fn open(config: &Config) -> anyhow::Result<Opened> {
             member_dir.display()
         );
     }
+    import::settle(&stores, compacted.0)?;
     let storage = Arc::new(stores.open_current(&Options::default())?);
     let settings = apply::Settings {
         member_id: ids.member,

@@ -1,9 +1,20 @@
-//! Checkpoints: the store synced in the background, so that the log before it can go.
+//! Checkpoints: the store synced in the background, so that the log before it can go. Snapshots: the state as a
+//! database file for backups and other members (`export.rs`, `backup.rs`), and such a file as a store (`import.rs`).
 //!
 //! The checkpointer actor owns nothing but its schedule. Each tick it syncs the store if something was applied; every
 //! `--snapshot-count` entries, or 64 MB of rows and log written, it tells raft how far the store is safe, and raft has
 //! the WAL write a snapshot record and drop what lies below it. Its inbox holds one tick; a disk that is slow is not
 //! asked twice. A failed sync ends the process.
+
+pub mod backup;
+pub mod bbolt;
+mod error;
+pub mod export;
+pub mod import;
+#[cfg(test)]
+mod tests;
+
+pub use self::error::Error;
 
 use std::{
     sync::{

@@ -142,10 +142,27 @@ impl StoreDir {
 
     /// Makes a built store one that may be switched to. The builder has synced it.
     pub fn complete(&self, name: &str) -> Result<(), Error> {
-        let from = self.building(name);
+        self.complete_as(name, name)
+    }
+
+    /// As [`Self::complete`], under another name than it was built by.
+    pub fn complete_as(&self, built: &str, name: &str) -> Result<(), Error> {
+        assert!(is_name(name), "a store is named by letters, digits and '-': {name:?}");
+        let from = self.building(built);
         sync_dir(&from)?;
         std::fs::rename(&from, self.path(name)).map_err(|e| failed(&from, e))?;
         sync_dir(&self.root)
+    }
+
+    /// Deletes the store `name`, complete or not, if there is one. It must not be in use.
+    pub fn discard(&self, name: &str) -> Result<(), Error> {
+        assert!(self.current()?.as_deref() != Some(name), "the store in use is not deleted");
+        for dir in [self.path(name), self.building(name)] {
+            if exists(&dir)? {
+                std::fs::remove_dir_all(&dir).map_err(|e| failed(&dir, e))?;
+            }
+        }
+        Ok(())
     }
 
     /// From now on `name` is the store in use. Durable when it returns.
