@@ -15,7 +15,7 @@ const CHANGES: &str = "changes of the cluster's membership";
 impl Cluster for Handle {
     async fn member_list(&self, request: Request<MemberListRequest>) -> Result<Response<MemberListResponse>, Status> {
         let view = match request.into_inner().linearizable {
-            true => self.server.linearizable_view().await?,
+            true => self.server.linearizable_view(self.runtime).await?,
             false => self.server.view.load_full(),
         };
         // The one header without a revision (G-6).

@@ -117,7 +117,7 @@ impl Maintenance for Handle {
         // Space on disk follows in the background and blocks nobody.
         let storage = self.server.storage.clone();
         tokio::task::spawn_blocking(move || {
-            if let Err(e) = storage.major_compact() {
+            if let Err(e) = storage.load().major_compact() {
                 tracing::warn!("the background part of defragmentation failed: {e}; the store goes on as it is");
             }
         });

@@ -12,13 +12,14 @@ pub mod validate;
 pub mod watch;
 
 use std::sync::{
-    Arc,
+    Arc, OnceLock,
     atomic::{AtomicBool, AtomicU64, Ordering},
 };
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use prost::Message;
+use tokio::sync::Notify;
 
 pub use routes::Routes;
 
@@ -29,8 +30,8 @@ use crate::{
     mvcc,
     pb::etcdserverpb::{InternalRaftRequest, RequestHeader, ResponseHeader},
     peer::Links,
-    raft::{self, Input, Proposal, RaftSender},
-    storage::fjall::FjallStorage,
+    raft::{self, Input, Proposal, RaftSender, ReadRequest},
+    storage::StoreInUse,
     telemetry::Metrics,
 };
 
@@ -54,16 +55,20 @@ pub struct Settings {
 pub struct Server {
     pub settings: Settings,
     pub view: ViewCell,
-    pub storage: Arc<FjallStorage>,
+    pub storage: Arc<StoreInUse>,
     pub raft: RaftSender,
     pub raft_status: Arc<raft::Status>,
     pub apply: ApplySender,
     pub leases: Sender<LeaseAsk, LeaseControl>,
     /// Admission of proposals.
     pub gate: Gate,
+    /// Admission of reads that need a round.
+    pub reads: Gate,
     pub registry: Registry,
     pub metrics: Metrics,
-    pub links: Arc<dyn Links>,
+    links: OnceLock<Arc<dyn Links>>,
+    /// Told when this member has been removed from its cluster: it stops.
+    pub removed: Notify,
     request_counter: AtomicU64,
     /// A NOSPACE alarm has been asked for and is under way.
     alarm_asked: AtomicBool,
@@ -82,15 +87,15 @@ pub struct Handle {
 pub struct Parts {
     pub settings: Settings,
     pub view: ViewCell,
-    pub storage: Arc<FjallStorage>,
+    pub storage: Arc<StoreInUse>,
     pub raft: RaftSender,
     pub raft_status: Arc<raft::Status>,
     pub apply: ApplySender,
     pub leases: Sender<LeaseAsk, LeaseControl>,
     pub gate: Gate,
+    pub reads: Gate,
     pub registry: Registry,
     pub metrics: Metrics,
-    pub links: Arc<dyn Links>,
     /// Unix milliseconds at start, the seed of request ids.
     pub started_unix_ms: u64,
 }
@@ -106,9 +111,11 @@ impl Server {
             apply: parts.apply,
             leases: parts.leases,
             gate: parts.gate,
+            reads: parts.reads,
             registry: parts.registry,
             metrics: parts.metrics,
-            links: parts.links,
+            links: OnceLock::new(),
+            removed: Notify::new(),
             request_counter: AtomicU64::new(parts.started_unix_ms << 8),
             alarm_asked: AtomicBool::new(false),
         }
@@ -143,23 +150,34 @@ impl Server {
         header.raft_term = self.raft_status.read().term;
     }
 
+    /// The connections to other members, once there are any.
+    pub fn set_links(&self, links: Arc<dyn Links>) {
+        assert!(self.links.set(links).is_ok(), "a member has one transport");
+    }
+
+    /// Since when the member `id` has been connected without a break.
+    pub fn connected_since(&self, id: u64) -> Option<Instant> {
+        self.links.get()?.connected_since(id)
+    }
+
     /// A view that shows every write acknowledged before the call (D-8).
-    pub async fn linearizable_view(&self) -> Result<Arc<View>, Error> {
+    pub async fn linearizable_view(&self, runtime: usize) -> Result<Arc<View>, Error> {
         if let Some(view) = self.sole_leader_view() {
             return Ok(view);
         }
-        // Not a sole leader yet: a member that starts. With more voters this is where a read round goes.
-        let leads = async {
-            loop {
-                self.raft_status.until(|now| now.is_leader && now.sole_voter).await;
-                let term = self.raft_status.read().term;
-                self.view.until(|view| view.applied_term >= term).await;
-                if let Some(view) = self.sole_leader_view() {
-                    return view;
-                }
+        let deadline = Instant::now() + self.settings.request_timeout;
+        let read = async {
+            let permit = self.reads.enter(1).await;
+            let (reply, answer) = Reply::new(runtime);
+            if self.raft.try_send(Input::Read(ReadRequest { reply, deadline, permit })).is_err() {
+                return Err(Error::Stopped);
+            }
+            match answer.await.unwrap_or(Err(Error::Stopped))? {
+                Response::ReadIndex(index) => Ok(self.view.until(|view| view.applied_index >= index).await),
+                other => unreachable!("raft answers a read with an index, not {other:?}"),
             }
         };
-        tokio::time::timeout(self.settings.request_timeout, leads).await.map_err(|_| Error::Timeout)
+        tokio::time::timeout_at(deadline.into(), read).await.map_err(|_| Error::Timeout)?
     }
 
     /// The only voter, leading with an entry of its term applied, needs no round: nothing is acknowledged elsewhere.

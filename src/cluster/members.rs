@@ -137,6 +137,16 @@ impl Members {
         self.0.members.is_empty()
     }
 
+    /// Ids that can never be used again, ascending.
+    pub fn removed(&self) -> impl Iterator<Item = u64> {
+        self.0.removed.iter().copied()
+    }
+
+    /// True if nothing can have changed between the two.
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
     pub fn is_removed(&self, id: u64) -> bool {
         self.0.removed.contains(&id)
     }

@@ -44,7 +44,7 @@ async fn unhealthy(handle: &Handle, excluded: &[String], serializable: bool) -> 
     if server.raft_status.read().leader == 0 {
         return Some("RAFT NO LEADER".to_owned());
     }
-    match server.linearizable_view().await {
+    match server.linearizable_view(handle.runtime).await {
         Ok(_) => None,
         Err(e) => Some(format!("RANGE ERROR:etcdserver: {e}")),
     }
@@ -102,7 +102,7 @@ async fn run(handle: &Handle, check: &str) -> Result<(), String> {
         "data_corruption" if server.view.load().alarms.is_active(AlarmType::Corrupt) => {
             Err("alarm activated: CORRUPT".to_owned())
         }
-        "linearizable_read" => match server.linearizable_view().await {
+        "linearizable_read" => match server.linearizable_view(handle.runtime).await {
             Ok(_) => Ok(()),
             Err(e) => Err(format!("etcdserver: {e}")),
         },

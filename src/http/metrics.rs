@@ -171,7 +171,7 @@ fn store(out: &mut Text, handle: &Handle) {
         "counter",
         "actd_store_blocked_seconds_total",
         "Time commits were held up by the engine, as estimated.",
-        server.storage.blocked().as_secs_f64(),
+        server.storage.load().blocked().as_secs_f64(),
     );
     let sum = |of: fn(&crate::telemetry::HubNumbers) -> &AtomicU64| -> u64 {
         m.hubs.iter().map(|hub| of(hub).load(Relaxed)).sum()

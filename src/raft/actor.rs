@@ -101,7 +101,7 @@ impl Actor for RaftActor {
             Control::Installed(index) => self.core.installed(index),
             Control::Snapshot(message, taken) => {
                 self.step(message);
-                let _ = taken.send(());
+                let _ = taken.send(self.core.has_snapshot());
             }
             Control::Unreachable(id) => self.core.unreachable(id),
             Control::SnapshotSent { to, delivered } => self.core.snapshot_sent(to, delivered),

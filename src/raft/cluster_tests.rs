@@ -155,7 +155,8 @@ impl Cluster {
     fn read(&mut self, at: u64) -> oneshot::Receiver<Outcome> {
         let (reply, answer) = Reply::new(0);
         let deadline = self.now + Duration::from_secs(7);
-        self.node(at).core.read(ReadRequest { reply, deadline });
+        let permit = self.gate.try_enter(1).unwrap();
+        self.node(at).core.read(ReadRequest { reply, deadline, permit });
         answer
     }
 

@@ -212,6 +212,11 @@ impl Core {
         Ok(())
     }
 
+    /// True right after the step of a snapshot that raft goes on from.
+    pub fn has_snapshot(&self) -> bool {
+        self.node.raft.snap().is_some()
+    }
+
     /// One tick of the raft clock. What has waited past its deadline is told so.
     pub fn tick(&mut self, now: Instant) {
         self.ticks += 1;

@@ -8,13 +8,15 @@ use std::{collections::HashMap, time::Instant};
 
 use bytes::Bytes;
 
-use crate::apply::Reply;
+use crate::{actor::Permit, apply::Reply};
 
 /// Somebody who waits for a read index.
 #[derive(Debug)]
 pub struct ReadRequest {
     pub reply: Reply,
     pub deadline: Instant,
+    /// Held until it is answered.
+    pub permit: Permit,
 }
 
 pub(super) struct Round {
@@ -123,10 +125,12 @@ impl Reads {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::actor::Gate;
     use std::time::Duration;
 
     fn request(now: Instant) -> ReadRequest {
-        ReadRequest { reply: Reply::new(0).0, deadline: now + Duration::from_secs(7) }
+        let permit = Gate::new("test", 1, 1).try_enter(1).unwrap();
+        ReadRequest { reply: Reply::new(0).0, deadline: now + Duration::from_secs(7), permit }
     }
 
     #[test]

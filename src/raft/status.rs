@@ -19,6 +19,8 @@ pub struct Status {
     pub proposals_committed: AtomicU64,
     pub reads_pending: AtomicU64,
     pub messages_refused: AtomicU64,
+    /// Messages of other members for which there was no room.
+    pub messages_dropped: AtomicU64,
     pub heartbeat_send_failures: AtomicU64,
     /// A tick is on its way to raft.
     pub tick_pending: AtomicBool,

@@ -11,6 +11,7 @@ pub mod bbolt;
 mod error;
 pub mod export;
 pub mod import;
+pub mod v2;
 #[cfg(test)]
 mod tests;
 
@@ -27,7 +28,7 @@ use std::{
 use crate::{
     actor::{Actor, Message, Turn, shell::Flow},
     raft::{self, RaftSender},
-    storage::{Storage, fjall::FjallStorage},
+    storage::{Storage, StoreInUse},
     telemetry::Metrics,
 };
 
@@ -44,7 +45,7 @@ impl Message for Tick {
 }
 
 pub struct Wiring {
-    pub storage: Arc<FjallStorage>,
+    pub storage: Arc<StoreInUse>,
     pub raft: RaftSender,
     /// Newest applied index whose batch is committed.
     pub applied: Arc<AtomicU64>,

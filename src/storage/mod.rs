@@ -12,11 +12,13 @@ mod cache;
 #[cfg(test)]
 mod contract;
 pub mod fjall;
+mod in_use;
 mod journal;
 pub mod layout;
 pub mod mem;
 
 pub use self::fjall::{FjallStorage, Options};
+pub use self::in_use::StoreInUse;
 pub use self::journal::Repaired;
 pub use self::layout::{StoreDir, refuse_foreign};
 pub use self::mem::MemStorage;

@@ -1,0 +1,216 @@
+//! Between the transport and the rest of the member: messages to raft, databases out of the store and into one.
+
+use std::{
+    fs::File,
+    io::{self, Write},
+    path::PathBuf,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use anyhow::Context;
+use bytes::Bytes;
+use futures_util::{FutureExt, future::BoxFuture};
+use tokio::sync::{Mutex, mpsc, oneshot};
+
+use crate::{
+    actor::Gate,
+    api::Server,
+    apply,
+    pb::raftpb::{Message, Snapshot, SnapshotMetadata},
+    peer::{Chunks, Databases, Incoming},
+    raft::{self, Input, Install, message_bytes},
+    snapshot::{
+        self,
+        export::Export,
+        import::{self, Expected},
+        v2,
+    },
+    storage::{FjallStorage, Options, Storage, StoreDir, StoreInUse},
+};
+
+/// What other members send goes to raft if there is room for it.
+pub struct ToRaft {
+    server: Arc<Server>,
+    gate: Gate,
+}
+
+impl ToRaft {
+    pub fn new(server: Arc<Server>, gate: Gate) -> Self {
+        Self { server, gate }
+    }
+}
+
+impl Incoming for ToRaft {
+    fn message(&self, message: Message) {
+        let taken = self.gate.try_enter(message_bytes(&message)).is_some_and(|permit| {
+            let input = Input::Step(message, permit);
+            self.server.raft.try_send(input).is_ok()
+        });
+        if !taken {
+            self.server.raft_status.messages_dropped.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn unreachable(&self, id: u64) {
+        self.server.raft.control(raft::Control::Unreachable(id));
+    }
+
+    fn snapshot_sent(&self, to: u64, delivered: bool) {
+        self.server.raft.control(raft::Control::SnapshotSent { to, delivered });
+    }
+
+    fn is_removed(&self, id: u64) -> bool {
+        self.server.view.load().members.is_removed(id)
+    }
+
+    fn removed_here(&self) {
+        self.server.removed.notify_one();
+    }
+}
+
+/// Where databases come from and go to.
+pub struct Stores {
+    pub server: Arc<Server>,
+    pub in_use: Arc<StoreInUse>,
+    pub dir: Arc<StoreDir>,
+    /// Where a database lies while it comes in.
+    pub incoming: PathBuf,
+    /// One comes in at a time.
+    pub receiving: Arc<Mutex<()>>,
+}
+
+/// A store is opened at most this long after it was asked for.
+const APPLY_WAIT: Duration = Duration::from_secs(30);
+/// Chunks between the reader of rows and the connection.
+const CHUNKS_MAX: usize = 8;
+
+impl Databases for Stores {
+    fn open(&self, order: Message) -> BoxFuture<'static, io::Result<(Message, Chunks)>> {
+        let (server, storage) = (self.server.clone(), self.in_use.clone());
+        async move {
+            let least = order.snapshot.as_ref().and_then(|s| s.metadata.as_ref()).and_then(|m| m.index).unwrap_or(0);
+            let applied = server.view.until(|view| view.applied_index >= least);
+            tokio::time::timeout(APPLY_WAIT, applied).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?;
+            let (begin, begun) = oneshot::channel();
+            let (chunks, taken) = mpsc::channel(CHUNKS_MAX);
+            tokio::task::spawn_blocking(move || send(&*storage, order, begin, &chunks));
+            let message = begun.await.map_err(|_| io::Error::other("the snapshot could not be begun"))??;
+            Ok((message, taken))
+        }
+        .boxed()
+    }
+
+    fn receive(&self, message: Message, database: Chunks) -> BoxFuture<'static, Result<(), String>> {
+        let (server, dir, path) = (self.server.clone(), self.dir.clone(), self.incoming.clone());
+        let receiving = self.receiving.clone();
+        async move {
+            let _one = receiving.lock_owned().await;
+            let meta = message.snapshot.as_ref().and_then(|s| s.metadata.clone()).unwrap_or_default();
+            let expected = Expected {
+                index: meta.index.unwrap_or(0),
+                term: meta.term.unwrap_or(0),
+                conf_state: meta.conf_state.unwrap_or_default(),
+            };
+            let index = expected.index;
+            let is_news = index > server.view.load().applied_index;
+            let prepare = move || take_in(&path, database, is_news.then_some((&*dir, &expected)));
+            tokio::task::spawn_blocking(prepare)
+                .await
+                .map_err(|e| e.to_string())?
+                .map_err(|e| format!("failed to save KV snapshot ({e:#})"))?;
+            let (taken, answer) = oneshot::channel();
+            server.raft.control(raft::Control::Snapshot(message, taken));
+            match answer.await {
+                Ok(true) => {
+                    // The next one waits until this one is in use.
+                    let installed = server.view.until(|view| view.applied_index >= index);
+                    let _ = tokio::time::timeout(APPLY_WAIT, installed).await;
+                }
+                Ok(false) => tracing::info!(index, "raft has no use for a leader's snapshot"),
+                Err(_) => return Err("failed to process raft message (the member stops)".to_owned()),
+            }
+            Ok(())
+        }
+        .boxed()
+    }
+}
+
+/// Reads the rows as they stand now into `chunks`; first tells which state that is.
+fn send(
+    storage: &dyn Storage,
+    mut order: Message,
+    begin: oneshot::Sender<io::Result<Message>>,
+    chunks: &mpsc::Sender<io::Result<Bytes>>,
+) {
+    let make = || -> Result<_, snapshot::Error> {
+        let export = Export::take(storage)?;
+        let layout = export.measure(&mut || !begin.is_closed())?;
+        Ok((export, layout))
+    };
+    let (export, layout) = match make() {
+        Ok(made) => made,
+        Err(e) => {
+            let _ = begin.send(Err(io::Error::other(e)));
+            return;
+        }
+    };
+    let metadata = SnapshotMetadata {
+        conf_state: Some(export.members().conf_state()),
+        index: Some(export.index()),
+        term: Some(export.term()),
+    };
+    order.snapshot = Some(Snapshot { data: Some(v2::tree(export.members()).into()), metadata: Some(metadata) });
+    if begin.send(Ok(order)).is_err() {
+        return;
+    }
+    let sent = export.send(&layout, &mut |chunk| chunks.blocking_send(Ok(chunk)).map_err(|_| snapshot::Error::Gone));
+    match sent {
+        Ok(()) | Err(snapshot::Error::Gone) => {}
+        Err(e) => {
+            let _ = chunks.blocking_send(Err(io::Error::other(e)));
+        }
+    }
+}
+
+/// Writes a database to a file and makes a complete store of it, if it is worth one.
+fn take_in(path: &PathBuf, mut database: Chunks, store: Option<(&StoreDir, &Expected)>) -> anyhow::Result<()> {
+    let mut file = File::options().read(true).write(true).create(true).truncate(true).open(path)?;
+    // Without a name nothing is left of it, whatever happens.
+    std::fs::remove_file(path)?;
+    while let Some(chunk) = database.blocking_recv() {
+        file.write_all(&chunk?).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    if let Some((dir, expected)) = store {
+        import::prepare(file, dir, Some(expected))?;
+    }
+    Ok(())
+}
+
+/// Makes the store of a snapshot the one in use, and reads its state.
+pub fn install(
+    install: Install,
+    in_use: &Arc<StoreInUse>,
+    dir: &StoreDir,
+    settings: &apply::Settings,
+) -> anyhow::Result<apply::Core> {
+    let before = dir.current()?;
+    import::switch(dir, install.index)?;
+    let name = dir.current()?.context("CURRENT was just written")?;
+    let old = in_use.replace(FjallStorage::open(&dir.path(&name), &Options::default())?);
+    let core = apply::Core::open(in_use.clone(), settings.clone())?;
+    anyhow::ensure!(core.applied_index() == install.index, "the store is of index {}", core.applied_index());
+    if let Some(path) = before.map(|before| dir.path(&before)) {
+        // Readers that are under way keep it; what is left at the next start goes then.
+        std::thread::Builder::new().name("old-store".into()).spawn(move || {
+            while Arc::strong_count(&old) > 1 {
+                std::thread::sleep(Duration::from_millis(100));
+            }
+            drop(old);
+            if let Err(e) = std::fs::remove_dir_all(&path) {
+                tracing::warn!("cannot delete the store before the snapshot, {}: {e}", path.display());
+            }
+        })?;
+    }
+    Ok(core)
+}
