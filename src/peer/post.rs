@@ -211,8 +211,7 @@ impl Target {
         let mut head = BytesMut::new();
         codec::put_with_length(message, &mut head);
         let sent = Arc::new(AtomicUsize::new(0));
-        let body =
-            Database { head: Some(head.freeze()), chunks, sent: sent.clone(), numbers: self.numbers.clone() };
+        let body = Database { head: Some(head.freeze()), chunks, sent: sent.clone(), numbers: self.numbers.clone() };
         let posted = async {
             let mut connection = dial::connect(&url, self.shared.post_limits()).await.map_err(|e| dial::chain(&e))?;
             let request = self
