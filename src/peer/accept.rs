@@ -10,9 +10,9 @@ use hyper::body::{self, Frame};
 use tokio::{sync::mpsc, time::timeout};
 
 use super::{
+    actor::Control,
     codec::{self, Kind, SnapshotHead},
     metrics::Snapshots,
-    peer::Control,
     probe,
     stream::{StreamBody, stream},
     transport::Transport,

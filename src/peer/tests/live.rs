@@ -61,7 +61,7 @@ fn messages_of_all_kinds_arrive_in_order_and_whole() {
 fn entries_of_many_megabytes_arrive_whole() {
     run(async {
         let (a, b) = pair().await;
-        let data: Bytes = (0..20usize << 20).map(|n| (n * 31 >> 3) as u8).collect::<Vec<u8>>().into();
+        let data: Bytes = (0..20usize << 20).map(|n| ((n * 31) >> 3) as u8).collect::<Vec<u8>>().into();
         let big = append(1, 2, 4, data);
         a.transport.send(vec![big.clone(), append(1, 2, 5, Bytes::from_static(b"after"))]);
         until("both are there", || b.heard.messages.lock().unwrap().len() == 2).await;
