@@ -10,19 +10,15 @@ use hyper::body::{self, Frame};
 use tokio::{sync::mpsc, time::timeout};
 
 use super::{
+    actor::Control,
     codec::{self, Kind, SnapshotHead},
     metrics::Snapshots,
-    peer::Control,
     probe,
     stream::{StreamBody, stream},
     transport::Transport,
     wire::{self, STREAM_STEP},
 };
-use crate::{
-    cluster::ids::hex,
-    config::ETCD_VERSION,
-    pb::raftpb::MessageType,
-};
+use crate::{cluster::ids::hex, config::ETCD_VERSION, pb::raftpb::MessageType};
 
 /// Chunks of a database that may wait for whoever takes it in.
 const CHUNKS_MAX: usize = 4;
@@ -195,7 +191,8 @@ impl Transport {
         B: body::Body<Data = Bytes> + Unpin,
         B::Error: std::error::Error + 'static,
     {
-        let sender = wire::parse_id(wire::text(request.headers(), wire::SERVER_FROM)).filter(|id| self.peer(*id).is_some());
+        let sender =
+            wire::parse_id(wire::text(request.headers(), wire::SERVER_FROM)).filter(|id| self.peer(*id).is_some());
         let numbers = self.shared.numbers.of(sender.unwrap_or(0));
         let failed = |status, text| {
             numbers.received_failures.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
@@ -231,7 +228,8 @@ impl Transport {
         B: body::Body<Data = Bytes> + Unpin,
         B::Error: std::error::Error + 'static,
     {
-        let sender = wire::parse_id(wire::text(request.headers(), wire::SERVER_FROM)).filter(|id| self.peer(*id).is_some());
+        let sender =
+            wire::parse_id(wire::text(request.headers(), wire::SERVER_FROM)).filter(|id| self.peer(*id).is_some());
         let numbers = self.shared.numbers.of(sender.unwrap_or(0));
         let transfer = Snapshots::begin(&numbers, |numbers| &numbers.snapshots_received);
         let mut body = request.into_body();

@@ -171,7 +171,11 @@ enum Expects {
     Whole(usize),
     EntryCount,
     /// Entries, or the commit index once `left` is 0. `bytes`: of the entries so far.
-    Entries { left: u64, bytes: u64, entries: Vec<Entry> },
+    Entries {
+        left: u64,
+        bytes: u64,
+        entries: Vec<Entry>,
+    },
 }
 
 /// Reads one stream.

@@ -56,7 +56,8 @@ where
 
 /// A machine that vanished is noticed although nothing is sent to it. Best effort.
 pub fn keep_alive(socket: &TcpStream) {
-    let keepalive = socket2::TcpKeepalive::new().with_time(Duration::from_secs(30)).with_interval(Duration::from_secs(15));
+    let keepalive =
+        socket2::TcpKeepalive::new().with_time(Duration::from_secs(30)).with_interval(Duration::from_secs(15));
     let _ = socket2::SockRef::from(socket).set_tcp_keepalive(&keepalive);
 }
 

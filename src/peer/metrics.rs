@@ -14,8 +14,8 @@ use crate::{cluster::ids::hex, telemetry::Histogram};
 
 /// 0.1 ms to 3.2768 s, doubling.
 const ROUND_TRIP_BOUNDS: &[f64] = &[
-    0.0001, 0.0002, 0.0004, 0.0008, 0.0016, 0.0032, 0.0064, 0.0128, 0.0256, 0.0512, 0.1024, 0.2048, 0.4096, 0.8192, 1.6384,
-    3.2768,
+    0.0001, 0.0002, 0.0004, 0.0008, 0.0016, 0.0032, 0.0064, 0.0128, 0.0256, 0.0512, 0.1024, 0.2048, 0.4096, 0.8192,
+    1.6384, 3.2768,
 ];
 /// 0.1 s to 51.2 s, doubling.
 const SNAPSHOT_BOUNDS: &[f64] = &[0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 51.2];
@@ -127,8 +127,16 @@ const OF_MEMBERS: &[(&str, Reading)] = &[
 
 const COUNTERS: &[(&str, Reading)] = &[
     ("To", ("etcd_network_peer_sent_bytes_total", "Bytes sent to peers.", |p| p.sent_bytes.load(Relaxed))),
-    ("From", ("etcd_network_peer_received_bytes_total", "Bytes received from peers.", |p| p.received_bytes.load(Relaxed))),
-    ("To", ("etcd_network_peer_sent_failures_total", "Messages for peers that were lost.", |p| p.sent_failures.load(Relaxed))),
+    (
+        "From",
+        ("etcd_network_peer_received_bytes_total", "Bytes received from peers.", |p| p.received_bytes.load(Relaxed)),
+    ),
+    (
+        "To",
+        ("etcd_network_peer_sent_failures_total", "Messages for peers that were lost.", |p| {
+            p.sent_failures.load(Relaxed)
+        }),
+    ),
     (
         "From",
         ("etcd_network_peer_received_failures_total", "Failures to receive from peers.", |p| {
@@ -136,29 +144,46 @@ const COUNTERS: &[(&str, Reading)] = &[
         }),
     ),
     ("To", ("etcd_network_snapshot_send_success", "Snapshots sent.", |p| p.snapshots_sent.done.load(Relaxed))),
-    ("To", ("etcd_network_snapshot_send_failures", "Snapshots that could not be sent.", |p| {
-        p.snapshots_sent.failed.load(Relaxed)
-    })),
-    ("From", ("etcd_network_snapshot_receive_success", "Snapshots received.", |p| p.snapshots_received.done.load(Relaxed))),
-    ("From", ("etcd_network_snapshot_receive_failures", "Snapshots that could not be received.", |p| {
-        p.snapshots_received.failed.load(Relaxed)
-    })),
+    (
+        "To",
+        ("etcd_network_snapshot_send_failures", "Snapshots that could not be sent.", |p| {
+            p.snapshots_sent.failed.load(Relaxed)
+        }),
+    ),
+    (
+        "From",
+        ("etcd_network_snapshot_receive_success", "Snapshots received.", |p| p.snapshots_received.done.load(Relaxed)),
+    ),
+    (
+        "From",
+        ("etcd_network_snapshot_receive_failures", "Snapshots that could not be received.", |p| {
+            p.snapshots_received.failed.load(Relaxed)
+        }),
+    ),
 ];
 
 const GAUGES: &[(&str, Reading)] = &[
-    ("To", ("etcd_network_snapshot_send_inflights_total", "Snapshots being sent.", |p| {
-        p.snapshots_sent.under_way.load(Relaxed)
-    })),
-    ("From", ("etcd_network_snapshot_receive_inflights_total", "Snapshots being received.", |p| {
-        p.snapshots_received.under_way.load(Relaxed)
-    })),
+    (
+        "To",
+        ("etcd_network_snapshot_send_inflights_total", "Snapshots being sent.", |p| {
+            p.snapshots_sent.under_way.load(Relaxed)
+        }),
+    ),
+    (
+        "From",
+        ("etcd_network_snapshot_receive_inflights_total", "Snapshots being received.", |p| {
+            p.snapshots_received.under_way.load(Relaxed)
+        }),
+    ),
 ];
 
 type Times = (&'static str, &'static str, &'static str, fn(&PeerNumbers) -> &Histogram);
 
 const HISTOGRAMS: &[Times] = &[
     ("To", "etcd_network_peer_round_trip_time_seconds", "Round trip time between members.", |p| &p.round_trip),
-    ("To", "etcd_network_snapshot_send_total_duration_seconds", "Time of sending a snapshot.", |p| &p.snapshots_sent.took),
+    ("To", "etcd_network_snapshot_send_total_duration_seconds", "Time of sending a snapshot.", |p| {
+        &p.snapshots_sent.took
+    }),
     ("From", "etcd_network_snapshot_receive_total_duration_seconds", "Time of receiving a snapshot.", |p| {
         &p.snapshots_received.took
     }),

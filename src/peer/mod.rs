@@ -1,6 +1,6 @@
 //! Connections to the other members, in etcd's own peer protocol over HTTP/1.1.
 //!
-//! * [`transport`] knows the other members and passes raft's messages to their actors; [`peer`] is such an actor.
+//! * [`transport`] knows the other members and passes raft's messages to their actors; [`actor`] is such an actor.
 //! * [`reader`] dials and reads streams, [`stream`] writes those dialled by others, [`post`] sends what goes on no stream.
 //! * [`listener`] is the peer port, [`accept`] answers there; [`codec`] knows the bytes, [`wire`] the headers.
 //! * [`client`] asks other members: their lists, versions, hashes, leases.
@@ -8,12 +8,12 @@
 //! Not here: what messages mean (`raft`), how a database is made or installed (`snapshot`).
 
 mod accept;
+mod actor;
 pub mod client;
 pub mod codec;
 pub mod dial;
 pub mod listener;
 pub mod metrics;
-mod peer;
 mod post;
 mod probe;
 mod reader;

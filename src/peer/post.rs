@@ -65,18 +65,15 @@ pub fn pipeline() -> (Pipeline, PipelineEnd) {
 }
 
 impl Pipeline {
-    /// The message comes back if there is no room.
-    pub fn put(&self, message: Message) -> Result<(), Message> {
+    /// False if there is no room.
+    pub fn put(&self, message: Message) -> bool {
         let bytes = size_of(&message);
         let held = self.bytes.fetch_add(bytes, Relaxed);
-        if held > 0 && held + bytes > QUEUE_BYTES_MAX {
+        let taken = (held == 0 || held + bytes <= QUEUE_BYTES_MAX) && self.messages.try_send(message).is_ok();
+        if !taken {
             self.bytes.fetch_sub(bytes, Relaxed);
-            return Err(message);
         }
-        self.messages.try_send(message).map_err(|e| {
-            self.bytes.fetch_sub(bytes, Relaxed);
-            e.into_inner()
-        })
+        taken
     }
 }
 
@@ -211,8 +208,7 @@ impl Target {
         let mut head = BytesMut::new();
         codec::put_with_length(message, &mut head);
         let sent = Arc::new(AtomicUsize::new(0));
-        let body =
-            Database { head: Some(head.freeze()), chunks, sent: sent.clone(), numbers: self.numbers.clone() };
+        let body = Database { head: Some(head.freeze()), chunks, sent: sent.clone(), numbers: self.numbers.clone() };
         let posted = async {
             let mut connection = dial::connect(&url, self.shared.post_limits()).await.map_err(|e| dial::chain(&e))?;
             let request = self

@@ -81,8 +81,7 @@ impl Prober {
             Some(connection) if !connection.is_closed() => connection,
             _ => dial::connect(url, self.shared.post_limits()).await.map_err(|e| dial::chain(&e))?,
         };
-        let request =
-            self.shared.request(Method::GET, url, PATH).body(Empty::new()).map_err(|e| e.to_string())?;
+        let request = self.shared.request(Method::GET, url, PATH).body(Empty::new()).map_err(|e| e.to_string())?;
         let began = Instant::now();
         let answer = connection.send_request(request).await.map_err(|e| dial::chain(&e))?;
         let round_trip = began.elapsed();
@@ -132,7 +131,8 @@ fn parse_time(text: &str) -> Option<f64> {
     };
     // Days since 1970 with years that begin in March, so that the leap day is the last.
     let (y, m) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
-    let days = y * 365 + y.div_euclid(4) - y.div_euclid(100) + y.div_euclid(400) + (m * 153 + 2) / 5 + day - 1 - 719_468;
+    let days =
+        y * 365 + y.div_euclid(4) - y.div_euclid(100) + y.div_euclid(400) + (m * 153 + 2) / 5 + day - 1 - 719_468;
     Some((days * 86_400 + hour * 3_600 + (minute - offset) * 60) as f64 + second)
 }
 
@@ -152,7 +152,8 @@ mod tests {
         }
         let own: Health = serde_json::from_str(&answer()).unwrap();
         assert!((parse_time(&own.now).unwrap() - now().as_secs_f64()).abs() < 1.0);
-        for bad in ["", "now", "2026-13-01T00:00:00Z", "2026-11-21T04:38:07", "2026-11-21T04:38:07+é", "-1-1-1T1:1:1Z"] {
+        for bad in ["", "now", "2026-13-01T00:00:00Z", "2026-11-21T04:38:07", "2026-11-21T04:38:07+é", "-1-1-1T1:1:1Z"]
+        {
             assert_eq!(parse_time(bad), None, "{bad}");
         }
     }

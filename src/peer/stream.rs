@@ -53,18 +53,15 @@ pub struct Queue {
 }
 
 impl Queue {
-    /// The message comes back if there is no room, or no connection any more.
-    pub fn put(&self, message: Message) -> Result<(), Message> {
+    /// False if there is no room, or no connection any more.
+    pub fn put(&self, message: Message) -> bool {
         let bytes = size_of(&message);
         let held = self.shared.bytes.fetch_add(bytes, Relaxed);
-        if held > 0 && held + bytes > QUEUE_BYTES_MAX {
+        let taken = (held == 0 || held + bytes <= QUEUE_BYTES_MAX) && self.messages.try_send(message).is_ok();
+        if !taken {
             self.shared.bytes.fetch_sub(bytes, Relaxed);
-            return Err(message);
         }
-        self.messages.try_send(message).map_err(|e| {
-            self.shared.bytes.fetch_sub(bytes, Relaxed);
-            e.into_inner()
-        })
+        taken
     }
 
     pub fn is_broken(&self) -> bool {

@@ -12,8 +12,8 @@ use tokio::sync::Semaphore;
 
 use super::{
     Databases, Incoming, Links,
+    actor::{Control, Outgoing, Parts, Peer},
     metrics::{Numbers, PeerNumbers},
-    peer::{Control, Outgoing, Parts, Peer},
     status::Urls,
     wire::Shared,
 };

@@ -120,7 +120,8 @@ fn link_heartbeats_are_written_as_this_version_does_and_read_from_all() {
     }
     assert_eq!(decode(Kind::Append, &[0; 64]).unwrap(), []);
     // A heartbeat of the leader is none.
-    let real = Message { r#type: Some(MessageType::MsgHeartbeat as i32), to: Some(2), from: Some(1), ..Message::default() };
+    let real =
+        Message { r#type: Some(MessageType::MsgHeartbeat as i32), to: Some(2), from: Some(1), ..Message::default() };
     assert_eq!(decode(Kind::Message, &encode(Kind::Message, std::slice::from_ref(&real))).unwrap(), [real]);
 }
 

@@ -25,6 +25,11 @@ use crate::{
 
 pub const CLUSTER: u64 = 0xc1;
 
+/// Runs a test where arbiters can be started.
+pub fn run(test: impl Future<Output = ()>) {
+    actix_rt::System::new().block_on(test);
+}
+
 /// What raft would be told.
 #[derive(Default)]
 pub struct Heard {
@@ -37,8 +42,10 @@ pub struct Heard {
     pub databases: Mutex<Vec<(u64, u32, Message)>>,
     /// Chunks and their size of databases to send.
     pub to_send: Mutex<(usize, usize)>,
-    /// Most chunks made but not taken yet.
+    /// Chunks made so far.
     pub made: std::sync::atomic::AtomicU64,
+    /// Nothing is taken in while this is set.
+    pub holds: std::sync::atomic::AtomicBool,
 }
 
 impl Incoming for Heard {
@@ -98,6 +105,9 @@ impl Databases for Snapshotter {
     fn receive(&self, message: Message, mut database: Chunks) -> BoxFuture<'static, Result<(), String>> {
         let heard = self.0.clone();
         Box::pin(async move {
+            while heard.holds.load(std::sync::atomic::Ordering::Relaxed) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
             let (mut bytes, mut sum) = (0, 0);
             while let Some(chunk) = database.recv().await {
                 let chunk = chunk.map_err(|e| e.to_string())?;

@@ -96,7 +96,7 @@ impl Peer {
         Self { shared, id, numbers, stats, append: None, message: None, pipeline, target, lost: false, tasks }
     }
 
-    fn send(&mut self, message: Message) -> Result<(), Message> {
+    fn send(&mut self, message: Message) -> bool {
         let stream = match message.r#type() {
             MessageType::MsgApp => self.append.as_ref().or(self.message.as_ref()),
             _ => self.message.as_ref(),
@@ -145,7 +145,7 @@ impl Actor for Peer {
     fn on_message(&mut self, Outgoing(message): Outgoing, _: &Turn) {
         if message.r#type() == MessageType::MsgSnap {
             self.send_database(message);
-        } else if self.send(message).is_err() {
+        } else if !self.send(message) {
             self.drop_one();
         }
     }
