@@ -73,6 +73,13 @@ impl Server {
 
     /// As `start`, with the data in a new folder below `parent`.
     pub fn start_in(parent: &Path, program: &Path, flags: &[&str]) -> Self {
+        let mut server = Self::stopped_in(parent, program, flags);
+        server.restart();
+        server
+    }
+
+    /// As `start`, without starting: for a data directory that the test makes first.
+    pub fn stopped_in(parent: &Path, program: &Path, flags: &[&str]) -> Self {
         let folder = tempfile::Builder::new().prefix("server-").tempdir_in(parent).expect("a temporary folder");
         let [client_port, peer_port] = free_ports();
         let client = format!("http://127.0.0.1:{client_port}");
@@ -92,9 +99,7 @@ impl Server {
         args.push(data_dir);
         args.extend(flags.iter().map(OsString::from));
 
-        let mut server = Self { program: program.to_owned(), args, folder, child: None, client_port, peer_port };
-        server.restart();
-        server
+        Self { program: program.to_owned(), args, folder, child: None, client_port, peer_port }
     }
 
     /// Starts the process again on its old data and waits until it is healthy.
@@ -123,6 +128,10 @@ impl Server {
 
     pub fn folder(&self) -> &Path {
         self.folder.path()
+    }
+
+    pub fn data_dir(&self) -> PathBuf {
+        self.folder.path().join("data")
     }
 
     /// SIGKILL, and wait for the end.
