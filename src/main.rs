@@ -44,7 +44,13 @@ async fn run(config: &config::Config, log: &logs::Guard) -> ExitCode {
         log.notice(&config::Notice::fatal("cannot listen for signals"));
         return ExitCode::FAILURE;
     };
-    let member = match server::start(config).await {
+    // A start may wait for other members; nothing is acknowledged before its end, so it may be left at any point.
+    let started = tokio::select! {
+        started = server::start(config) => started,
+        _ = interrupt.recv() => return ExitCode::from(130),
+        _ = terminate.recv() => return ExitCode::from(143),
+    };
+    let member = match started {
         Ok(member) => member,
         Err(e) => {
             log.notice(&config::Notice::fatal("cannot start the server").with("error", format!("{e:#}")));

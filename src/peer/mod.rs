@@ -1,10 +1,12 @@
 //! Connections to the other members, in etcd's own peer protocol over HTTP/1.1.
 //!
 //! * [`client`] asks other members: their lists, versions, hashes, leases.
+//! * [`endpoints`] answers such questions.
 //!
 //! Not here: what messages mean (`raft`), how a database is made or installed (`snapshot`).
 
 pub mod client;
+pub mod endpoints;
 
 use std::time::Instant;
 

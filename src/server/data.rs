@@ -3,14 +3,20 @@
 use std::{fs, os::unix::fs::DirBuilderExt, sync::Arc};
 
 use anyhow::{Context, bail};
+use prost::Message;
 
 use crate::{
     apply,
-    config::Config,
+    cluster::{Change, Member, Members, Version, bootstrap, ids::hex},
+    config::{Config, ETCD_VERSION},
     lease,
-    pb::etcdserverpb::Metadata,
+    pb::{
+        etcdserverpb::Metadata,
+        raftpb::{ConfChange, Entry, EntryType},
+    },
     raft::Recovered,
     storage::{
+        WriteBatch,
         fjall::{FjallStorage, Options},
         layout::{self, StoreDir},
     },
@@ -61,7 +67,7 @@ pub async fn open(config: &Config) -> anyhow::Result<Opened> {
     } else if !config.force_new_cluster {
         tracing::info!("the data directory has data: --initial-* and --discovery-* are ignored");
     }
-    let (log, found) = Wal::open(options)?;
+    let (mut log, mut found) = Wal::open(options)?;
     let ids = Ids { member: found.metadata.node_id.unwrap_or(0), cluster: found.metadata.cluster_id.unwrap_or(0) };
     let compacted = (found.snapshot.index.unwrap_or(0), found.snapshot.term.unwrap_or(0));
     if compacted.0 > 0 && !had_store {
@@ -75,10 +81,11 @@ pub async fn open(config: &Config) -> anyhow::Result<Opened> {
         );
     }
     let storage = Arc::new(stores.open_current(&Options::default())?);
+    let learners_max = usize::try_from(config.max_learners).unwrap_or(0);
     let settings = apply::Settings {
         member_id: ids.member,
         min_lease_ttl: lease::min_ttl(config.election_ticks(), config.heartbeat_interval_ms),
-        max_learners: usize::try_from(config.max_learners).unwrap_or(0),
+        max_learners: learners_max,
         persist_lease_checkpoints: config.feature_gates.enabled("LeaseCheckpointPersist"),
         quota_bytes: config.quota(),
     };
@@ -100,6 +107,25 @@ pub async fn open(config: &Config) -> anyhow::Result<Opened> {
             compacted.0
         );
     }
+    let members = core.members();
+    if members.is_removed(ids.member) {
+        // C-17
+        bail!(
+            "the member {} has been permanently removed from the cluster; the data directory {} must be removed before \
+             it can join again as a new member",
+            hex(ids.member),
+            config.data_dir
+        );
+    }
+    check_version(members)?;
+    if config.force_new_cluster && log_exists {
+        let own = Member {
+            id: ids.member,
+            peer_urls: config.initial_advertise_peer_urls.iter().map(ToString::to_string).collect(),
+            ..Member::default()
+        };
+        force_new_cluster(&mut log, &mut found, members.clone(), own, applied, learners_max)?;
+    }
     let recovered = Recovered {
         compacted,
         entries: found.entries,
@@ -108,4 +134,67 @@ pub async fn open(config: &Config) -> anyhow::Result<Opened> {
         applied,
     };
     Ok(Opened { ids, wal: log, recovered, storage, core, lock: stores })
+}
+
+/// A member whose release is older than its cluster's does not start (C-34).
+fn check_version(members: &Members) -> anyhow::Result<()> {
+    let own: Version = ETCD_VERSION.parse()?;
+    let own = own.cluster_version();
+    let downgrade = members.downgrade();
+    let allowed = |version: Version| {
+        version <= own
+            || (downgrade.enabled && downgrade.target_version == own.to_string() && own.is_one_minor_below(version))
+    };
+    match members.cluster_version() {
+        Some(version) if !allowed(version) => bail!(
+            "invalid downgrade; server version is lower than determined cluster version: this is {own}, the cluster is at {version}"
+        ),
+        _ => Ok(()),
+    }
+}
+
+/// Makes this member's data a cluster of its own: entries that were never committed go, then come changes that remove all
+/// others, as if they had been committed. They are durable when this returns.
+fn force_new_cluster(
+    log: &mut Wal,
+    found: &mut wal::Recovered,
+    mut members: Members,
+    own: Member,
+    applied: u64,
+    learners_max: usize,
+) -> anyhow::Result<()> {
+    let commit = found.hard_state.commit.unwrap_or(0).max(applied);
+    let dropped = found.entries.len();
+    found.entries.retain(|entry| entry.index.unwrap_or(0) <= commit);
+    let dropped = dropped - found.entries.len();
+    // What is committed but not applied yet may change the members, too.
+    for entry in &found.entries {
+        if entry.index.unwrap_or(0) > applied && entry.r#type() == EntryType::EntryConfChange {
+            let change = Change::decode(&ConfChange::decode(entry.data.clone().unwrap_or_default())?)?;
+            // One that is refused has no effect; the rows follow when it is applied.
+            let _ = members.apply(change, learners_max, &mut WriteBatch::default());
+        }
+    }
+    let changes = bootstrap::alone(&members, own);
+    let removed: Vec<String> = members.iter().map(|member| hex(member.id)).collect();
+    let term = found.hard_state.term.unwrap_or(0).max(1);
+    let entries: Vec<Entry> = (commit + 1..)
+        .zip(&changes)
+        .map(|(index, change)| Entry {
+            r#type: Some(EntryType::EntryConfChange.into()),
+            term: Some(term),
+            index: Some(index),
+            data: Some(change.encode(0).encode_to_vec().into()),
+        })
+        .collect();
+    found.hard_state.term = Some(term);
+    found.hard_state.commit = Some(commit + entries.len() as u64);
+    log.append(&entries, Some(&found.hard_state), true)?;
+    found.entries.extend(entries);
+    tracing::warn!(
+        uncommitted_entries_dropped = dropped,
+        members_before = removed.join(","),
+        "made a new cluster of this member alone, as --force-new-cluster says; start without it from now on"
+    );
+    Ok(())
 }
