@@ -44,7 +44,13 @@ async fn run(config: &config::Config, log: &logs::Guard) -> ExitCode {
         log.notice(&config::Notice::fatal("cannot listen for signals"));
         return ExitCode::FAILURE;
     };
-    let member = match server::start(config).await {
+    // A start may wait for other members; nothing is acknowledged before its end, so it may be left at any point.
+    let started = tokio::select! {
+        started = server::start(config) => started,
+        _ = interrupt.recv() => return ExitCode::from(130),
+        _ = terminate.recv() => return ExitCode::from(143),
+    };
+    let member = match started {
         Ok(member) => member,
         Err(e) => {
             log.notice(&config::Notice::fatal("cannot start the server").with("error", format!("{e:#}")));
@@ -54,6 +60,12 @@ async fn run(config: &config::Config, log: &logs::Guard) -> ExitCode {
     let code = tokio::select! {
         _ = interrupt.recv() => 130,
         _ = terminate.recv() => 143,
+        () = member.removed() => {
+            log.notice(&config::Notice::warn("this member was removed from its cluster; stopping"));
+            // The others' last messages, and answers to who asked for it.
+            tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+            0
+        }
     };
     member.stop().await;
     // What a shell sees of a process that its signal ended; 0 for the first process of a container.

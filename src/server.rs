@@ -4,6 +4,7 @@ mod compactor;
 mod data;
 mod join;
 mod lessor;
+mod peers;
 
 use std::sync::{
     Arc,
@@ -26,10 +27,13 @@ use crate::{
     },
     lease::{self, Expirer},
     pb::etcdserverpb::InternalRaftRequest,
-    peer,
+    peer::{
+        self, Bound, Listening, Transport,
+        endpoints::{Endpoints, Promote, PromoteError},
+    },
     raft::{self, RaftActor},
     snapshot::{self, Checkpointer},
-    storage::{Storage, layout::StoreDir},
+    storage::Storage,
     telemetry::Metrics,
     wal::{self, writer::WalActor},
     watch,
@@ -50,6 +54,11 @@ const COMMITTED_BYTES_MAX: usize = 64 << 20;
 const LEASE_ASKS_MAX: usize = 10_000;
 /// Bytes of log entries kept in memory for followers that lag.
 const CATCH_UP_BYTES_MAX: usize = 64 << 20;
+/// Reads that wait for a round; each is small.
+const READS_MAX: usize = 20_000;
+/// Messages of other members that wait for raft. What has no room is dropped: raft sends again.
+const PEER_MESSAGES_MAX: usize = 8_192;
+const PEER_MESSAGE_BYTES_MAX: usize = 64 << 20;
 /// Commit may be this far ahead of apply before proposals are refused (G-12).
 const APPLY_LAG_MAX: u64 = 5_000;
 
@@ -72,8 +81,8 @@ pub struct Member {
     wal: crate::actor::Sender<raft::Append, wal::Control>,
     listeners: Vec<tokio::task::JoinHandle<()>>,
     tasks: Vec<tokio::task::JoinHandle<()>>,
-    /// Keeps other processes out of the store.
-    _lock: StoreDir,
+    transport: Arc<Transport>,
+    peer_port: Option<Listening>,
 }
 
 /// Opens the data directory and starts everything. Returns once clients are served.
@@ -112,7 +121,9 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
         parts.push(runtime::Parts { deliveries, watch: client, hub: ends, hub_config: hub_config.clone() });
     }
 
-    let (raft_tx, raft_rx) = Inbox::new("raft", PROPOSALS_MAX, PROPOSAL_BYTES_MAX + (2 << 20));
+    // Every message holds a permit of a gate, and the lane has room for all of them.
+    let slots = PROPOSALS_MAX + READS_MAX + PEER_MESSAGES_MAX;
+    let (raft_tx, raft_rx) = Inbox::new("raft", slots, PROPOSAL_BYTES_MAX + 2 * PEER_MESSAGE_BYTES_MAX);
     let (wal_tx, wal_rx) = Inbox::new("wal", APPENDS_MAX, APPEND_BYTES_MAX);
     let (apply_tx, apply_rx) = Inbox::new("apply", COMMITTED_MAX, COMMITTED_BYTES_MAX);
     let (lease_tx, lease_rx) = Inbox::new("lease_expirer", LEASE_ASKS_MAX, usize::MAX);
@@ -121,7 +132,11 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
     for stats in [&raft_tx.stats, &wal_tx.stats, &apply_tx.stats, &lease_tx.stats, &checkpoint_tx.stats] {
         registry.add(stats);
     }
-    registry.add_gate(&gate);
+    let reads = Gate::new("reads", READS_MAX, READS_MAX);
+    let peer_messages = Gate::new("peer_messages", PEER_MESSAGES_MAX, PEER_MESSAGE_BYTES_MAX);
+    for gate in [&gate, &reads, &peer_messages] {
+        registry.add_gate(gate);
+    }
 
     let server = Arc::new(api::Server::new(api::Parts {
         settings: api::Settings {
@@ -141,15 +156,51 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
         apply: apply_tx.clone(),
         leases: lease_tx.clone(),
         gate,
+        reads,
         registry: registry.clone(),
         metrics: metrics.clone(),
-        links: Arc::new(peer::NoLinks),
         started_unix_ms: unix_ms(),
     }));
 
     let mut arbiters = Arbiters::default();
     let main = tokio::runtime::Handle::current();
-    let mut tasks = vec![tokio::spawn(own_deliveries.deliver()), tokio::spawn(watchdog::watch(registry))];
+    let mut tasks = vec![tokio::spawn(own_deliveries.deliver()), tokio::spawn(watchdog::watch(registry.clone()))];
+
+    // peers
+    let (peer_arbiter, _) = arbiters.place("peer");
+    let stores = Arc::new(opened.stores);
+    let transport = Transport::start(peer::Wiring {
+        cluster_id: ids.cluster,
+        member_id: ids.member,
+        own_peer_urls: config.initial_advertise_peer_urls.clone(),
+        election_timeout: Duration::from_millis(config.election_timeout_ms),
+        incoming: Arc::new(peers::ToRaft::new(server.clone(), peer_messages)),
+        databases: Arc::new(peers::Stores {
+            server: server.clone(),
+            in_use: storage.clone(),
+            dir: stores.clone(),
+            incoming: config.member_path().join("incoming.db"),
+            receiving: Arc::default(),
+            runtime: main.clone(),
+        }),
+        arbiter: peer_arbiter.clone(),
+        registry,
+    });
+    server.set_links(transport.clone());
+    let endpoints = Endpoints { server: server.clone(), runtime: own_runtime, promote: promote(&server, own_runtime) };
+    let answer: peer::Handler = Arc::new(move |request| {
+        let endpoints = endpoints.clone();
+        Box::pin(async move { endpoints.answer(request).await })
+    });
+    let peer_port = Bound::bind(&config.listen_peer_urls, config.socket_reuse_port).await?;
+    let peer_port = peer_port.serve(&peer_arbiter, &transport, &answer);
+    for url in &config.listen_peer_urls {
+        tracing::info!(address = %url, "serving peers");
+    }
+    transport.set_members(core.members().iter());
+    for remote in &opened.remotes {
+        transport.add_remote(remote.id, &remote.peer_urls);
+    }
 
     // raft
     let raft_core = raft::Core::new(
@@ -169,7 +220,10 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
     let wiring = raft::Wiring {
         wal: wal_tx.clone(),
         apply: apply_tx.clone(),
-        send: Box::new(|_| {}),
+        send: Box::new({
+            let transport = transport.clone();
+            move |messages| transport.send(messages)
+        }),
         replies: replies.clone(),
         status: raft_status.clone(),
         applied: applied.clone(),
@@ -209,7 +263,14 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
             alarm_server.ask_alarm(own_runtime);
         }),
         metrics: metrics.clone(),
-        install: Box::new(|install| Err(anyhow!("no snapshot {} is there", install.index))),
+        install: Box::new({
+            let (in_use, settings) = (storage.clone(), opened.settings);
+            move |install| peers::install(install, &in_use, &stores, &settings)
+        }),
+        on_members: Box::new({
+            let transport = transport.clone();
+            move |members| transport.set_members(members.iter())
+        }),
     };
     let (arbiter, vital) = arbiters.place("apply");
     shell::spawn(&arbiter, apply_rx, vital, move || ApplyActor::new(core, wiring));
@@ -281,6 +342,9 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
     }));
     // The first look, so that a lone member leads at once.
     raft_tx.control(raft::Control::Tick);
+    if config.initial_election_tick_advance {
+        tasks.push(tokio::spawn(advance_ticks(server.clone(), config.election_ticks() as usize)));
+    }
 
     publish(&server, config, own_runtime).await?;
 
@@ -294,7 +358,25 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
         took = ?began.elapsed(),
         "ready to serve client requests"
     );
-    Ok(Member { server, runtimes, arbiters, wal: wal_tx, listeners, tasks, _lock: opened.lock })
+    Ok(Member { server, runtimes, arbiters, wal: wal_tx, listeners, tasks, transport, peer_port: Some(peer_port) })
+}
+
+/// A member among others need not wait a whole election timeout for its first election, once it can hear two of them.
+async fn advance_ticks(server: Arc<api::Server>, election_ticks: usize) {
+    let mut every = ticks(Duration::from_millis(50));
+    for _ in 0..100 {
+        every.tick().await;
+        let view = server.view.load_full();
+        let active = view.members.iter().filter(|member| server.connected_since(member.id).is_some()).count();
+        if active >= 2 && server.raft_status.read().leader == 0 {
+            server.raft.control(raft::Control::AdvanceTicks(election_ticks.saturating_sub(2)));
+            return;
+        }
+    }
+}
+
+fn promote(_: &Arc<api::Server>, _: usize) -> Promote {
+    Arc::new(|_| Box::pin(async { Err(PromoteError::Other("not implemented".to_owned())) }))
 }
 
 fn ticks(period: Duration) -> tokio::time::Interval {
@@ -310,7 +392,8 @@ async fn publish(server: &Arc<api::Server>, config: &Config, runtime: usize) -> 
     propose_until_applied(server, runtime, || bootstrap::publish_request(member, &config.name, &urls)).await?;
     let own: Version = ETCD_VERSION.parse()?;
     let wanted = own.cluster_version();
-    if server.view.load().members.cluster_version().is_none_or(|v| v < wanted) {
+    let leads = server.raft_status.read().is_leader;
+    if leads && server.view.load().members.cluster_version().is_none_or(|v| v < wanted) {
         propose_until_applied(server, runtime, || bootstrap::cluster_version_request(wanted)).await?;
     }
     Ok(())
@@ -359,15 +442,40 @@ async fn listen(config: &Config, runtimes: &Arc<Runtimes>) -> anyhow::Result<Vec
 const STOP_WAIT: Duration = Duration::from_secs(5);
 
 impl Member {
+    /// Until this member has been removed from its cluster.
+    pub async fn removed(&self) {
+        self.server.removed.notified().await;
+    }
+
+    /// A leader makes the voter it has been connected with the longest lead, so that writes go on at once (C-44).
+    async fn hand_over(&self) {
+        let status = &self.server.raft_status;
+        let now = status.read();
+        if !now.is_leader || now.sole_voter {
+            return;
+        }
+        let view = self.server.view.load_full();
+        let others = view.members.iter().filter(|member| !member.is_learner);
+        let connected = others.filter_map(|member| Some((self.server.connected_since(member.id)?, member.id)));
+        let Some((_, to)) = connected.min() else { return };
+        tracing::info!(to = format!("{to:x}"), "handing leadership over");
+        self.server.raft.control(raft::Control::Transfer { to });
+        let handed = status.until(|now| !now.is_leader && now.leader != 0);
+        if tokio::time::timeout(self.server.settings.request_timeout, handed).await.is_err() {
+            tracing::warn!("leadership could not be handed over in time");
+        }
+    }
+
     /// Stops in phases: no new connections, waiting proposals refused, the log and the store synced.
-    pub async fn stop(self) {
+    pub async fn stop(mut self) {
         for listener in &self.listeners {
             listener.abort();
         }
         tracing::info!(connections = self.runtimes.connections(), "stopping");
+        self.hand_over().await;
         let (raft, wal, apply) = (self.server.raft.clone(), self.wal, self.server.apply.clone());
         let storage = self.server.storage.clone();
-        let arbiters = self.arbiters;
+        let (arbiters, transport, peer_port) = (self.arbiters, self.transport, self.peer_port.take());
         let finish = tokio::task::spawn_blocking(move || {
             // In the order of the data flow: raft takes the end of its log writer or applier for a failure.
             let (done, stopped) = sync_channel(1);
@@ -382,6 +490,8 @@ impl Member {
             if let Err(e) = storage.sync() {
                 tracing::warn!("the store could not be synced at the end: {e}; the log has everything");
             }
+            transport.stop();
+            drop(peer_port);
             arbiters.stop();
         });
         let _ = tokio::time::timeout(3 * STOP_WAIT, finish).await;

@@ -105,6 +105,7 @@ fn start(world: &World, dir: &Path) -> Member {
         pre_vote: true,
         apply_lag_max: 5_000,
         catch_up_entries: 10,
+        seed: 1,
         catch_up_bytes: 1 << 20,
     };
     let mut raft = raft::Core::new(options, recovered).expect("raft takes the log");
@@ -183,7 +184,7 @@ impl Member {
             world.acknowledgements += 1;
         }
         if let Some(done) = effects.conf_changed {
-            self.raft.conf_changed(done);
+            self.raft.conf_changed(done, &mut self.output);
             self.poll();
         }
     }

@@ -27,7 +27,11 @@ const STREAM_BYTES_MAX: usize = 1 << 20;
 impl Handle {
     /// The view a read asks for.
     async fn view_for(&self, serializable: bool) -> Result<Arc<View>, Status> {
-        if serializable { Ok(self.server.view.load_full()) } else { Ok(self.server.linearizable_view(self.runtime).await?) }
+        if serializable {
+            Ok(self.server.view.load_full())
+        } else {
+            Ok(self.server.linearizable_view(self.runtime).await?)
+        }
     }
 }
 

@@ -8,6 +8,7 @@ use std::sync::{
 use super::{Batch, Control, Core, Replies, ViewCell, Work, core::LeaseNotice};
 use crate::{
     actor::{Actor, Turn, shell::Flow},
+    cluster::Members,
     raft::{self, Install},
     telemetry::Metrics,
     watch,
@@ -27,6 +28,8 @@ pub struct Wiring {
     pub metrics: Metrics,
     /// Switches to the store of a snapshot and reads its state.
     pub install: Box<dyn FnMut(Install) -> anyhow::Result<Core> + Send>,
+    /// Told of the members whenever they have changed, before raft is.
+    pub on_members: Box<dyn Fn(&Members) + Send>,
 }
 
 /// A watch hub as apply sees it: never waited for.
@@ -55,6 +58,7 @@ impl ApplyActor {
             // The record is in the log: only a restart can make it good.
             Err(e) => panic!("cannot take on the snapshot at {}: {e:#}", install.index),
         };
+        (self.wiring.on_members)(core.members());
         for (reply, outcome) in std::mem::replace(&mut self.core, core).abandon() {
             self.answers.add(reply, outcome);
         }
@@ -103,6 +107,7 @@ impl ApplyActor {
             (self.wiring.lease_notices)(effects.lease_notices);
         }
         let view = Arc::new(self.core.view());
+        let before = self.wiring.view.load_full();
         self.wiring.view.publish(view.clone());
         self.wiring.applied.store(view.applied_index, Ordering::Release);
         for (reply, outcome) in effects.answers {
@@ -121,6 +126,9 @@ impl ApplyActor {
         }
         if effects.wants_alarm {
             (self.wiring.ask_alarm)();
+        }
+        if !view.members.is_same(&before.members) {
+            (self.wiring.on_members)(&view.members);
         }
         if let Some(done) = effects.conf_changed {
             self.wiring.raft.control(raft::Control::ConfChanged(done));

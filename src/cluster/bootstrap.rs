@@ -29,8 +29,8 @@ pub enum Error {
     NotInitial { missing: String, initial: String, reason: String },
     #[error("member count is unequal")]
     MemberCount,
-    #[error("PeerURLs: no match found for existing member ({id}, [{urls}]), last resolver error (<nil>)")]
-    NoMatch { id: String, urls: String },
+    #[error("PeerURLs: no match found for existing member ({id}, [{urls}]), last resolver error ({reason})")]
+    NoMatch { id: String, urls: String, reason: String },
 }
 
 /// A running cluster that this member may not be part of.
@@ -121,21 +121,27 @@ impl InitialCluster {
 
     /// Finds the member `name` among those of a running cluster, by its URLs; all must be the same on both sides.
     pub fn join(&self, name: &str, running: &[Member], resolve: impl Fn(&str) -> String) -> Result<u64, Error> {
-        let own = self.own_urls(name)?;
+        self.own_urls(name)?;
         if running.len() != self.members.len() {
             return Err(Error::MemberCount);
         }
-        let mut left: Vec<&Vec<String>> = self.members.values().collect();
+        let mut running: Vec<&Member> = running.iter().collect();
+        running.sort_by(|a, b| a.peer_urls.cmp(&b.peer_urls));
+        let mut left: Vec<(&String, &Vec<String>)> = self.members.iter().collect();
+        left.sort_by_key(|(_, urls)| *urls);
+        let last = left.last().map(|(_, urls)| *urls);
         let mut found = None;
         for member in running {
-            let Some(at) = left.iter().position(|urls| same_urls(urls, &member.peer_urls, &resolve)) else {
-                return Err(Error::NoMatch { id: ids::hex(member.id), urls: member.peer_urls.join(" ") });
+            let Some(at) = left.iter().position(|(_, urls)| same_urls(urls, &member.peer_urls, &resolve)) else {
+                let reason = last.map(|last| joining_difference(&member.peer_urls, last, &resolve));
+                let reason = reason.unwrap_or_default();
+                return Err(Error::NoMatch { id: ids::hex(member.id), urls: member.peer_urls.join(" "), reason });
             };
-            if std::ptr::eq(left.swap_remove(at), own) {
+            if left.remove(at).0 == name {
                 found = Some(member.id);
             }
         }
-        Ok(found.expect("as many are matched as there are, so each is"))
+        found.ok_or(Error::MemberCount)
     }
 
     /// The peer URLs of all members but `name`, sorted.
@@ -248,6 +254,19 @@ fn difference(advertised: &[String], initial: &[String], resolve: impl Fn(&str) 
         }
         _ => format!("len({}) != len({})", quoted(advertised), quoted(initial)),
     }
+}
+
+fn joining_difference(running: &[String], initial: &[String], resolve: impl Fn(&str) -> String) -> String {
+    if running.len() != initial.len() {
+        return format!("len({}) != len({})", quoted(running), quoted(initial));
+    }
+    let resolved = |urls: &[String]| {
+        let mut urls: Vec<String> = urls.iter().map(|url| resolve(url)).collect();
+        urls.sort_unstable();
+        urls
+    };
+    let pair = resolved(running).into_iter().zip(resolved(initial)).find(|(a, b)| a != b);
+    pair.map(|(a, b)| format!("resolved urls: {a:?} != {b:?}")).unwrap_or_default()
 }
 
 fn quoted(urls: &[String]) -> String {

@@ -10,10 +10,13 @@ use bytes::Bytes;
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::Full;
 
-use crate::{api::Handle, config::ETCD_VERSION};
+use crate::{
+    api::{Handle, Server},
+    config::ETCD_VERSION,
+};
 use runtime::Serves;
 
-type Answer = Response<Full<Bytes>>;
+pub type Answer = Response<Full<Bytes>>;
 
 /// Answers a plain HTTP request.
 pub async fn respond<B>(handle: &Handle, serves: Serves, request: &Request<B>) -> Answer {
@@ -34,7 +37,7 @@ pub async fn respond<B>(handle: &Handle, serves: Serves, request: &Request<B>) -
         return response;
     }
     match path {
-        "/version" if everything => version(handle),
+        "/version" if everything => version(&handle.server),
         "/health" => health::health(handle, query).await,
         _ if path.starts_with("/livez") || path.starts_with("/readyz") => health::checks(handle, path, query).await,
         _ if everything && (path.starts_with("/v3/") || path.starts_with("/v3beta/")) => {
@@ -60,8 +63,9 @@ impl FromStatic for Full<Bytes> {
     }
 }
 
-fn version(handle: &Handle) -> Answer {
-    let version = handle.server.view.load().members.cluster_version();
+/// `/version`, the same on client and peer listeners.
+pub fn version(server: &Server) -> Answer {
+    let version = server.view.load().members.cluster_version();
     let or = |unknown: &str| version.map_or_else(|| unknown.to_owned(), |v| v.to_string());
     // The fields in etcd's order.
     let body = format!(
@@ -74,16 +78,16 @@ fn version(handle: &Handle) -> Answer {
     response
 }
 
-fn set_type(response: &mut Answer, content_type: &'static str) {
+pub fn set_type(response: &mut Answer, content_type: &'static str) {
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
 }
 
-fn not_found() -> Answer {
+pub fn not_found() -> Answer {
     text_error(StatusCode::NOT_FOUND, "404 page not found")
 }
 
 /// A plain text error as Go's HTTP library writes it.
-fn text_error(status: StatusCode, text: &str) -> Answer {
+pub fn text_error(status: StatusCode, text: &str) -> Answer {
     let mut response = Response::new(Full::from(format!("{text}\n")));
     *response.status_mut() = status;
     set_type(&mut response, "text/plain; charset=utf-8");

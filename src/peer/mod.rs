@@ -4,6 +4,7 @@
 //! * [`reader`] dials and reads streams, [`stream`] writes those dialled by others, [`post`] sends what goes on no stream.
 //! * [`listener`] is the peer port, [`accept`] answers there; [`codec`] knows the bytes, [`wire`] the headers.
 //! * [`client`] asks other members: their lists, versions, hashes, leases.
+//! * [`endpoints`] answers such questions.
 //!
 //! Not here: what messages mean (`raft`), how a database is made or installed (`snapshot`).
 
@@ -12,6 +13,7 @@ mod actor;
 pub mod client;
 pub mod codec;
 pub mod dial;
+pub mod endpoints;
 pub mod listener;
 pub mod metrics;
 mod post;

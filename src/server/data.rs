@@ -3,16 +3,22 @@
 use std::{fs, os::unix::fs::DirBuilderExt, sync::Arc};
 
 use anyhow::{Context, bail};
+use prost::Message;
 
 use crate::{
     apply,
-    config::Config,
+    cluster::{Change, Member, Members, Version, bootstrap, ids::hex},
+    config::{Config, ETCD_VERSION},
     lease,
-    pb::etcdserverpb::Metadata,
+    pb::{
+        etcdserverpb::Metadata,
+        raftpb::{ConfChange, Entry, EntryType},
+    },
     raft::Recovered,
     snapshot::import,
     storage::{
-        fjall::{FjallStorage, Options},
+        StoreInUse, WriteBatch,
+        fjall::Options,
         layout::{self, StoreDir},
     },
     wal::{self, Wal},
@@ -30,10 +36,13 @@ pub struct Opened {
     pub ids: Ids,
     pub wal: Wal,
     pub recovered: Recovered,
-    pub storage: Arc<FjallStorage>,
+    pub storage: Arc<StoreInUse>,
     pub core: apply::Core,
+    pub settings: apply::Settings,
     /// Keeps other processes out of the store.
-    pub lock: StoreDir,
+    pub stores: StoreDir,
+    /// Members of a running cluster that this one joins; it learns of them by the log later.
+    pub remotes: Vec<Member>,
 }
 
 pub async fn open(config: &Config) -> anyhow::Result<Opened> {
@@ -55,14 +64,16 @@ pub async fn open(config: &Config) -> anyhow::Result<Opened> {
     let disk = options.disk.clone();
     let log_exists = Wal::exists(&*disk, &options.dir)?;
     let had_store = stores.current()?.is_some();
+    let mut remotes = Vec::new();
     if !log_exists {
         let first = join::begin(config).await?;
         let metadata = Metadata { node_id: Some(first.ids.member), cluster_id: Some(first.ids.cluster) };
         Wal::create(options.clone(), &metadata, &first.entries, first.hard_state.as_ref())?.close()?;
+        remotes = first.remotes;
     } else if !config.force_new_cluster {
         tracing::info!("the data directory has data: --initial-* and --discovery-* are ignored");
     }
-    let (log, found) = Wal::open(options)?;
+    let (mut log, mut found) = Wal::open(options)?;
     let ids = Ids { member: found.metadata.node_id.unwrap_or(0), cluster: found.metadata.cluster_id.unwrap_or(0) };
     let compacted = (found.snapshot.index.unwrap_or(0), found.snapshot.term.unwrap_or(0));
     if compacted.0 > 0 && !had_store {
@@ -76,15 +87,16 @@ pub async fn open(config: &Config) -> anyhow::Result<Opened> {
         );
     }
     import::settle(&stores, compacted.0)?;
-    let storage = Arc::new(stores.open_current(&Options::default())?);
+    let storage = Arc::new(StoreInUse::new(stores.open_current(&Options::default())?));
+    let learners_max = usize::try_from(config.max_learners).unwrap_or(0);
     let settings = apply::Settings {
         member_id: ids.member,
         min_lease_ttl: lease::min_ttl(config.election_ticks(), config.heartbeat_interval_ms),
-        max_learners: usize::try_from(config.max_learners).unwrap_or(0),
+        max_learners: learners_max,
         persist_lease_checkpoints: config.feature_gates.enabled("LeaseCheckpointPersist"),
         quota_bytes: config.quota(),
     };
-    let core = apply::Core::open(storage.clone(), settings).context("cannot read the store")?;
+    let core = apply::Core::open(storage.clone(), settings.clone()).context("cannot read the store")?;
     let applied = core.applied_index();
     let last = found.entries.last().and_then(|e| e.index).unwrap_or(0).max(compacted.0);
     if applied > last {
@@ -102,6 +114,25 @@ pub async fn open(config: &Config) -> anyhow::Result<Opened> {
             compacted.0
         );
     }
+    let members = core.members();
+    if members.is_removed(ids.member) {
+        // C-17
+        bail!(
+            "the member {} has been permanently removed from the cluster; the data directory {} must be removed before \
+             it can join again as a new member",
+            hex(ids.member),
+            config.data_dir
+        );
+    }
+    check_version(members)?;
+    if config.force_new_cluster && log_exists {
+        let own = Member {
+            id: ids.member,
+            peer_urls: config.initial_advertise_peer_urls.iter().map(ToString::to_string).collect(),
+            ..Member::default()
+        };
+        force_new_cluster(&mut log, &mut found, members.clone(), own, applied, learners_max)?;
+    }
     let recovered = Recovered {
         compacted,
         entries: found.entries,
@@ -109,5 +140,68 @@ pub async fn open(config: &Config) -> anyhow::Result<Opened> {
         conf_state: core.members().conf_state(),
         applied,
     };
-    Ok(Opened { ids, wal: log, recovered, storage, core, lock: stores })
+    Ok(Opened { ids, wal: log, recovered, storage, core, settings, stores, remotes })
+}
+
+/// A member whose release is older than its cluster's does not start (C-34).
+fn check_version(members: &Members) -> anyhow::Result<()> {
+    let own: Version = ETCD_VERSION.parse()?;
+    let own = own.cluster_version();
+    let downgrade = members.downgrade();
+    let allowed = |version: Version| {
+        version <= own
+            || (downgrade.enabled && downgrade.target_version == own.to_string() && own.is_one_minor_below(version))
+    };
+    match members.cluster_version() {
+        Some(version) if !allowed(version) => bail!(
+            "invalid downgrade; server version is lower than determined cluster version: this is {own}, the cluster is at {version}"
+        ),
+        _ => Ok(()),
+    }
+}
+
+/// Makes this member's data a cluster of its own: entries that were never committed go, then come changes that remove all
+/// others, as if they had been committed. They are durable when this returns.
+fn force_new_cluster(
+    log: &mut Wal,
+    found: &mut wal::Recovered,
+    mut members: Members,
+    own: Member,
+    applied: u64,
+    learners_max: usize,
+) -> anyhow::Result<()> {
+    let commit = found.hard_state.commit.unwrap_or(0).max(applied);
+    let dropped = found.entries.len();
+    found.entries.retain(|entry| entry.index.unwrap_or(0) <= commit);
+    let dropped = dropped - found.entries.len();
+    // What is committed but not applied yet may change the members, too.
+    for entry in &found.entries {
+        if entry.index.unwrap_or(0) > applied && entry.r#type() == EntryType::EntryConfChange {
+            let change = Change::decode(&ConfChange::decode(entry.data.clone().unwrap_or_default())?)?;
+            // One that is refused has no effect; the rows follow when it is applied.
+            let _ = members.apply(change, learners_max, &mut WriteBatch::default());
+        }
+    }
+    let changes = bootstrap::alone(&members, own);
+    let removed: Vec<String> = members.iter().map(|member| hex(member.id)).collect();
+    let term = found.hard_state.term.unwrap_or(0).max(1);
+    let entries: Vec<Entry> = (commit + 1..)
+        .zip(&changes)
+        .map(|(index, change)| Entry {
+            r#type: Some(EntryType::EntryConfChange.into()),
+            term: Some(term),
+            index: Some(index),
+            data: Some(change.encode(0).encode_to_vec().into()),
+        })
+        .collect();
+    found.hard_state.term = Some(term);
+    found.hard_state.commit = Some(commit + entries.len() as u64);
+    log.append(&entries, Some(&found.hard_state), true)?;
+    found.entries.extend(entries);
+    tracing::warn!(
+        uncommitted_entries_dropped = dropped,
+        members_before = removed.join(","),
+        "made a new cluster of this member alone, as --force-new-cluster says; start without it from now on"
+    );
+    Ok(())
 }

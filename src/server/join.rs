@@ -32,6 +32,8 @@ pub struct First {
     /// Empty for a member that gets the log of a running cluster.
     pub entries: Vec<Entry>,
     pub hard_state: Option<HardState>,
+    /// Whom to get that log from.
+    pub remotes: Vec<Member>,
 }
 
 pub async fn begin(config: &Config) -> anyhow::Result<First> {
@@ -71,6 +73,7 @@ async fn found(config: &Config, initial: &InitialCluster) -> anyhow::Result<Firs
         ids: Ids { member, cluster: founding.cluster_id },
         entries: founding.entries(),
         hard_state: Some(founding.hard_state()),
+        remotes: Vec::new(),
     })
 }
 
@@ -93,9 +96,9 @@ async fn join(config: &Config, initial: &InitialCluster) -> anyhow::Result<First
     check_versions(member, &members).await?;
     let learners = members.iter().filter(|member| member.is_learner).count();
     if learners > usize::try_from(config.max_learners).unwrap_or(0) {
-        bail!("the cluster has {learners} learners; --max-learners allows {}", config.max_learners);
+        bail!("membership: too many learner members in cluster");
     }
-    Ok(First { ids: Ids { member, cluster }, entries: Vec::new(), hard_state: None })
+    Ok(First { ids: Ids { member, cluster }, entries: Vec::new(), hard_state: None, remotes: members })
 }
 
 /// Each other member's answer counts, as far as it knows the cluster's version.
@@ -165,8 +168,18 @@ fn resolved_form(resolved: &BTreeMap<String, String>, url: &str) -> String {
     resolved.get(url).cloned().unwrap_or_else(|| url.to_owned())
 }
 
-/// A running cluster in a text.
+/// A running cluster in a text, spelt as etcd spells it.
 fn listed(cluster: u64, members: &[Member]) -> String {
-    let ids: Vec<String> = members.iter().map(|member| ids::hex(member.id)).collect();
-    format!("{{ClusterID:{} MemberIDs:[{}]}}", ids::hex(cluster), ids.join(" "))
+    let member = |m: &Member| {
+        format!(
+            "&{{ID:{} RaftAttributes:{{PeerURLs:[{}] IsLearner:{}}} Attributes:{{Name:{} ClientURLs:[{}]}}}}",
+            ids::hex(m.id),
+            m.peer_urls.join(" "),
+            m.is_learner,
+            m.name,
+            m.client_urls.join(" ")
+        )
+    };
+    let members: Vec<String> = members.iter().map(member).collect();
+    format!("{{ClusterID:{} Members:[{}] RemovedMemberIDs:[]}}", ids::hex(cluster), members.join(" "))
 }

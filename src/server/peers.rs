@@ -78,6 +78,8 @@ pub struct Stores {
     pub incoming: PathBuf,
     /// One comes in at a time.
     pub receiving: Arc<Mutex<()>>,
+    /// Whose threads may block.
+    pub runtime: tokio::runtime::Handle,
 }
 
 /// A store is opened at most this long after it was asked for.
@@ -87,14 +89,14 @@ const CHUNKS_MAX: usize = 8;
 
 impl Databases for Stores {
     fn open(&self, order: Message) -> BoxFuture<'static, io::Result<(Message, Chunks)>> {
-        let (server, storage) = (self.server.clone(), self.in_use.clone());
+        let (server, storage, runtime) = (self.server.clone(), self.in_use.clone(), self.runtime.clone());
         async move {
             let least = order.snapshot.as_ref().and_then(|s| s.metadata.as_ref()).and_then(|m| m.index).unwrap_or(0);
             let applied = server.view.until(|view| view.applied_index >= least);
             tokio::time::timeout(APPLY_WAIT, applied).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?;
             let (begin, begun) = oneshot::channel();
             let (chunks, taken) = mpsc::channel(CHUNKS_MAX);
-            tokio::task::spawn_blocking(move || send(&*storage, order, begin, &chunks));
+            runtime.spawn_blocking(move || send(&*storage, order, begin, &chunks));
             let message = begun.await.map_err(|_| io::Error::other("the snapshot could not be begun"))??;
             Ok((message, taken))
         }
@@ -103,7 +105,7 @@ impl Databases for Stores {
 
     fn receive(&self, message: Message, database: Chunks) -> BoxFuture<'static, Result<(), String>> {
         let (server, dir, path) = (self.server.clone(), self.dir.clone(), self.incoming.clone());
-        let receiving = self.receiving.clone();
+        let (receiving, runtime) = (self.receiving.clone(), self.runtime.clone());
         async move {
             let _one = receiving.lock_owned().await;
             let meta = message.snapshot.as_ref().and_then(|s| s.metadata.clone()).unwrap_or_default();
@@ -115,7 +117,8 @@ impl Databases for Stores {
             let index = expected.index;
             let is_news = index > server.view.load().applied_index;
             let prepare = move || take_in(&path, database, is_news.then_some((&*dir, &expected)));
-            tokio::task::spawn_blocking(prepare)
+            runtime
+                .spawn_blocking(prepare)
                 .await
                 .map_err(|e| e.to_string())?
                 .map_err(|e| format!("failed to save KV snapshot ({e:#})"))?;

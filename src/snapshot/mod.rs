@@ -11,9 +11,9 @@ pub mod bbolt;
 mod error;
 pub mod export;
 pub mod import;
-pub mod v2;
 #[cfg(test)]
 mod tests;
+pub mod v2;
 
 pub use self::error::Error;
 

@@ -22,10 +22,7 @@ pub fn tree(members: &Members) -> Vec<u8> {
     if let Some(version) = members.cluster_version() {
         zero.insert("version".to_owned(), leaf("/0/version", &version.to_string()));
     }
-    let top = Map::from_iter([
-        ("0".to_owned(), dir("/0", zero)),
-        ("1".to_owned(), dir("/1", Map::new())),
-    ]);
+    let top = Map::from_iter([("0".to_owned(), dir("/0", zero)), ("1".to_owned(), dir("/1", Map::new()))]);
     let tree = json!({
         "Root": dir("/", top),
         "WatcherHub": {"EventHistory": {

@@ -1,0 +1,333 @@
+//! What other members ask outside raft: lists, versions, hashes, renewals of leases. Answers come from views, from the
+//! lease expirer, and for promotions from whoever makes membership changes.
+//!
+//! Not here: `/raft…`, and the listener itself.
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::{Buf, Bytes};
+use futures_util::future::BoxFuture;
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
+use prost::Message;
+use serde::{Deserialize, Serialize};
+use tokio::{sync::oneshot, time::Instant};
+
+use super::CLUSTER_ID;
+use crate::{
+    api::Server,
+    cluster::{Member, ids, members_to_json},
+    http::{Answer, not_found, set_type, text_error, version},
+    lease::actor::{Ask, Renewed},
+    mvcc::hash,
+    pb::{
+        etcdserverpb::{
+            InternalRaftRequest, LeaseCheckpoint, LeaseCheckpointRequest, LeaseKeepAliveRequest,
+            LeaseKeepAliveResponse, LeaseTimeToLiveRequest, LeaseTimeToLiveResponse, ResponseHeader,
+        },
+        leasepb::{LeaseInternalRequest, LeaseInternalResponse},
+    },
+};
+
+/// Why a learner stays one.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PromoteError {
+    #[error("membership: ID not found")]
+    NotFound,
+    #[error("membership: can only promote a learner member")]
+    NotLearner,
+    #[error("etcdserver: can only promote a learner member which is in sync with leader")]
+    NotReady,
+    #[error("{0}")]
+    Other(String),
+}
+
+/// Promotes a learner on this member; answers the members after it.
+pub type Promote = Arc<dyn Fn(u64) -> BoxFuture<'static, Result<Vec<Member>, PromoteError>> + Send + Sync>;
+
+/// What the answers come from.
+#[derive(Clone)]
+pub struct Endpoints {
+    pub server: Arc<Server>,
+    /// Delivery queue for answers to own proposals.
+    pub runtime: usize,
+    pub promote: Promote,
+}
+
+/// How long a question about leases waits for this member to apply what is committed.
+const APPLY_WAIT: Duration = Duration::from_secs(1);
+/// Between two questions to the expirer about a lease whose grant has just been applied.
+const RETRY: Duration = Duration::from_millis(5);
+const BODY_BYTES_MAX: usize = 64 << 10;
+const PROMOTE: &str = "/members/promote/";
+
+impl Endpoints {
+    pub async fn answer<B>(&self, request: Request<B>) -> Answer
+    where
+        B: http_body::Body<Data: Buf>,
+        B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        let path = request.uri().path();
+        let (method, allow) = match path {
+            "/members" | "/version" | "/members/hashkv" | "/downgrade/enabled" => (Method::GET, Some("GET")),
+            "/leases" | "/leases/internal" => (Method::POST, None),
+            _ if path.starts_with(PROMOTE) => (Method::POST, Some("POST")),
+            "/members/promote" => return moved(PROMOTE),
+            _ => return not_found(),
+        };
+        if request.method() != method {
+            let mut response = text_error(StatusCode::METHOD_NOT_ALLOWED, "Method Not Allowed");
+            if let Some(allow) = allow {
+                response.headers_mut().insert(header::ALLOW, HeaderValue::from_static(allow));
+            }
+            return response;
+        }
+        let (head, body) = request.into_parts();
+        match head.uri.path() {
+            "/version" => version(&self.server),
+            "/members" => self.members(),
+            "/downgrade/enabled" => self.downgrade_enabled().await,
+            "/members/hashkv" => match read_body(body).await {
+                Ok(body) => self.hash_kv(&head.headers, &body).await,
+                Err(refusal) => *refusal,
+            },
+            path if path.starts_with(PROMOTE) => self.promote(&path[PROMOTE.len()..]).await,
+            path => match read_body(body).await {
+                Ok(body) if path == "/leases" => self.renew(body).await,
+                Ok(body) => self.time_to_live(body).await,
+                Err(refusal) => *refusal,
+            },
+        }
+    }
+
+    fn members(&self) -> Answer {
+        self.from_here(ok("application/json", list(self.server.view.load().members.iter())))
+    }
+
+    async fn downgrade_enabled(&self) -> Answer {
+        let answer = match self.server.linearizable_view(self.runtime).await {
+            Ok(view) => ok("text/plain", view.members.downgrade().enabled.to_string()),
+            Err(e) => {
+                text_error(StatusCode::INTERNAL_SERVER_ERROR, &format!("failed linearized read: etcdserver: {e}"))
+            }
+        };
+        self.from_here(answer)
+    }
+
+    async fn hash_kv(&self, headers: &HeaderMap, body: &[u8]) -> Answer {
+        let cluster = ids::hex(self.server.settings.cluster_id);
+        let asked = headers.get(CLUSTER_ID).map(HeaderValue::as_bytes).unwrap_or_default();
+        if !asked.is_empty() && asked != cluster.as_bytes() {
+            return text_error(StatusCode::PRECONDITION_FAILED, "cluster ID mismatch");
+        }
+        let Ok(HashKvQuestion { revision }) =
+            serde_json::from_slice::<Option<HashKvQuestion>>(body).map(Option::unwrap_or_default)
+        else {
+            return text_error(StatusCode::BAD_REQUEST, "error unmarshalling request");
+        };
+        let server = self.server.clone();
+        let scan = move || {
+            let view = server.view.load_full();
+            server.read(view, |view| hash::hash_kv(&view.kv, &*server.storage, revision))
+        };
+        match tokio::task::spawn_blocking(scan).await {
+            Ok(Ok((view, found))) => {
+                let answer = HashKvAnswer {
+                    header: Revision { revision: view.kv.revision },
+                    hash: found.hash,
+                    compact_revision: found.compact_revision,
+                    hash_revision: found.hash_revision,
+                };
+                let text = serde_json::to_vec(&answer).expect("numbers always encode");
+                self.from_here(ok("application/json", text))
+            }
+            Ok(Err(e)) => text_error(StatusCode::BAD_REQUEST, &e.to_string()),
+            Err(e) => text_error(StatusCode::INTERNAL_SERVER_ERROR, &e.to_string()),
+        }
+    }
+
+    async fn promote(&self, id: &str) -> Answer {
+        let answer = match id.parse() {
+            Ok(id) => match (self.promote)(id).await {
+                Ok(members) => ok("application/json", list(&members)),
+                Err(e @ PromoteError::NotFound) => text_error(StatusCode::NOT_FOUND, &e.to_string()),
+                Err(e @ (PromoteError::NotLearner | PromoteError::NotReady)) => {
+                    text_error(StatusCode::PRECONDITION_FAILED, &e.to_string())
+                }
+                Err(PromoteError::Other(e)) => {
+                    tracing::warn!(id, "cannot promote a learner as another member asks: {e}");
+                    let mut response = ok("application/json", r#"{"message":"Internal Server Error"}"#);
+                    *response.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
+                    response
+                }
+            },
+            Err(_) => text_error(StatusCode::NOT_FOUND, &format!("member {id} not found in cluster")),
+        };
+        self.from_here(answer)
+    }
+
+    async fn renew(&self, body: Bytes) -> Answer {
+        let Ok(LeaseKeepAliveRequest { id }) = LeaseKeepAliveRequest::decode(body) else { return unreadable() };
+        let Some(deadline) = self.applied().await else { return late() };
+        loop {
+            let (answer, renewed) = oneshot::channel();
+            let renewed = match self.server.leases.try_send(Ask::Renew { id, answer }) {
+                Ok(()) => renewed.await.ok(),
+                Err(_) => None,
+            };
+            match renewed {
+                Some(Renewed::Ttl { ttl, clear_checkpoint }) => {
+                    if clear_checkpoint {
+                        let checkpoints = vec![LeaseCheckpoint { id, remaining_ttl: 0 }];
+                        let lease_checkpoint = Some(LeaseCheckpointRequest { checkpoints });
+                        let request = InternalRaftRequest { lease_checkpoint, ..Default::default() };
+                        if let Err(e) = self.server.propose(request, self.runtime).await {
+                            return text_error(StatusCode::BAD_REQUEST, &format!("etcdserver: {e}"));
+                        }
+                    }
+                    // After the renewal: a revocation applied before it shows here (H-41).
+                    if !self.server.view.load().leases.contains(id) {
+                        return lease_not_found();
+                    }
+                    return protobuf(&LeaseKeepAliveResponse { header: None, id, ttl });
+                }
+                Some(Renewed::NotLeader) if !self.server.raft_status.read().is_leader => {
+                    return text_error(StatusCode::BAD_REQUEST, "not a primary lessor");
+                }
+                Some(Renewed::Gone) => return lease_not_found(),
+                Some(Renewed::Unknown) if !self.server.view.load().leases.contains(id) => return lease_not_found(),
+                // Its grant's notice, or that of the leadership, is on the way to the expirer (H-38).
+                Some(Renewed::Unknown | Renewed::NotLeader) | None => {}
+            }
+            if Instant::now() >= deadline {
+                return late();
+            }
+            tokio::time::sleep(RETRY).await;
+        }
+    }
+
+    async fn time_to_live(&self, body: Bytes) -> Answer {
+        let Ok(request) = LeaseInternalRequest::decode(body) else { return unreadable() };
+        let LeaseTimeToLiveRequest { id, keys } = request.lease_time_to_live_request.unwrap_or_default();
+        let Some(deadline) = self.applied().await else { return late() };
+        loop {
+            if !self.server.raft_status.read().is_leader {
+                return text_error(StatusCode::INTERNAL_SERVER_ERROR, "not a primary lessor");
+            }
+            let (answer, remaining) = oneshot::channel();
+            let remaining = match self.server.leases.try_send(Ask::Remaining { id, answer }) {
+                Ok(()) => remaining.await.ok().flatten(),
+                Err(_) => None,
+            };
+            let view = self.server.view.load_full();
+            let Some(granted_ttl) = view.leases.ttl(id) else { return lease_not_found() };
+            if let Some(ms) = remaining {
+                let keys = if keys { view.leases.keys(id).map(Bytes::copy_from_slice).collect() } else { Vec::new() };
+                let response = LeaseTimeToLiveResponse {
+                    header: Some(ResponseHeader::default()),
+                    id,
+                    ttl: ms.div_euclid(1000),
+                    granted_ttl,
+                    keys,
+                };
+                return protobuf(&LeaseInternalResponse { lease_time_to_live_response: Some(response) });
+            }
+            if Instant::now() >= deadline {
+                return late();
+            }
+            tokio::time::sleep(RETRY).await;
+        }
+    }
+
+    /// Waits until this member has applied what it knows to be committed. Until when all of it may take.
+    async fn applied(&self) -> Option<Instant> {
+        let deadline = Instant::now() + APPLY_WAIT;
+        let commit = self.server.raft_status.read().commit;
+        let applied = self.server.view.until(|view| view.applied_index >= commit);
+        tokio::time::timeout_at(deadline, applied).await.ok().map(|_| deadline)
+    }
+
+    /// Names the cluster, as most answers do.
+    fn from_here(&self, mut answer: Answer) -> Answer {
+        let id = ids::hex(self.server.settings.cluster_id);
+        answer.headers_mut().insert(CLUSTER_ID, HeaderValue::try_from(id).expect("hexadecimal digits"));
+        answer
+    }
+}
+
+#[derive(Default, Deserialize)]
+struct HashKvQuestion {
+    #[serde(default)]
+    revision: i64,
+}
+
+#[derive(Serialize)]
+struct HashKvAnswer {
+    header: Revision,
+    #[serde(skip_serializing_if = "is_zero")]
+    hash: u32,
+    #[serde(skip_serializing_if = "is_zero")]
+    compact_revision: i64,
+    #[serde(skip_serializing_if = "is_zero")]
+    hash_revision: i64,
+}
+
+#[derive(Serialize)]
+struct Revision {
+    #[serde(skip_serializing_if = "is_zero")]
+    revision: i64,
+}
+
+fn is_zero<T: Default + PartialEq>(number: &T) -> bool {
+    *number == T::default()
+}
+
+async fn read_body<B>(body: B) -> Result<Bytes, Box<Answer>>
+where
+    B: http_body::Body<Data: Buf>,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    match Limited::new(body, BODY_BYTES_MAX).collect().await {
+        Ok(body) => Ok(body.to_bytes()),
+        Err(e) if e.is::<LengthLimitError>() => {
+            Err(Box::new(text_error(StatusCode::PAYLOAD_TOO_LARGE, "request body too large")))
+        }
+        Err(_) => Err(Box::new(text_error(StatusCode::BAD_REQUEST, "error reading body"))),
+    }
+}
+
+fn list<'a>(members: impl IntoIterator<Item = &'a Member>) -> Vec<u8> {
+    let mut text = members_to_json(members);
+    text.push(b'\n');
+    text
+}
+
+fn ok(content_type: &'static str, body: impl Into<Bytes>) -> Answer {
+    let mut response = Response::new(Full::new(body.into()));
+    set_type(&mut response, content_type);
+    response
+}
+
+fn protobuf(message: &impl Message) -> Answer {
+    ok("application/protobuf", message.encode_to_vec())
+}
+
+fn lease_not_found() -> Answer {
+    text_error(StatusCode::NOT_FOUND, "lease not found")
+}
+
+fn unreadable() -> Answer {
+    text_error(StatusCode::BAD_REQUEST, "error unmarshalling request")
+}
+
+fn late() -> Answer {
+    text_error(StatusCode::REQUEST_TIMEOUT, "waiting for node to catch up its applied index has timed out")
+}
+
+/// As Go's router answers a path that lacks its last slash.
+fn moved(to: &'static str) -> Answer {
+    let mut response = ok("text/html; charset=utf-8", format!("<a href=\"{to}\">Temporary Redirect</a>.\n\n"));
+    *response.status_mut() = StatusCode::TEMPORARY_REDIRECT;
+    response.headers_mut().insert(header::LOCATION, HeaderValue::from_static(to));
+    response
+}

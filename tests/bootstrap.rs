@@ -1,0 +1,302 @@
+//! How members begin: with others, in a running cluster, alone again; and what they ask each other. The running members
+//! are real etcd ones.
+
+mod common;
+
+use std::{
+    fs::File,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use actd::pb::etcdserverpb::{LeaseGrantRequest, MemberAddRequest, MemberListRequest, PutRequest, RangeRequest};
+use actd::{
+    cluster::bootstrap::InitialCluster,
+    peer::client::{self, Error},
+    wal::{self, Wal},
+};
+use common::{Client, Server};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+const SHORT: Duration = Duration::from_secs(5);
+
+fn program() -> PathBuf {
+    common::server_under_test(env!("CARGO_BIN_EXE_actd"))
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime")
+}
+
+fn url(port: u16) -> String {
+    format!("http://127.0.0.1:{port}")
+}
+
+/// A member that need not become ready; killed when dropped.
+struct Starting {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Starting {
+    fn new(data: &Path, name: &str, peer_port: u16, flags: &[&str]) -> Self {
+        let [port] = common::free_ports();
+        let log = data.with_extension("log");
+        let file = File::create(&log).expect("a log file");
+        let child = Command::new(program())
+            .arg(format!("--name={name}"))
+            .arg(format!("--data-dir={}", data.display()))
+            .args([format!("--listen-client-urls={}", url(port)), format!("--advertise-client-urls={}", url(port))])
+            .arg(format!("--listen-peer-urls={}", url(peer_port)))
+            .arg(format!("--initial-advertise-peer-urls={}", url(peer_port)))
+            .args(flags)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(file)
+            .spawn()
+            .expect("it starts");
+        Self { child, log }
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Waits for a start that fails, with these words.
+    fn refused(mut self, words: &[&str]) {
+        let deadline = Instant::now() + PATIENCE;
+        let status = loop {
+            if let Some(status) = self.child.try_wait().expect("our own child") {
+                break status;
+            }
+            assert!(Instant::now() < deadline, "still running:\n{}", self.log());
+            common::pause();
+        };
+        let log = self.log().replace("\\\"", "\"");
+        assert_eq!(status.code(), Some(1), "{log}");
+        for word in words {
+            assert!(log.contains(word), "{word:?} is not in:\n{log}");
+        }
+    }
+
+    fn wait_for(&mut self, what: &str, done: impl Fn() -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        while !done() {
+            assert!(self.child.try_wait().expect("our own child").is_none(), "it ended:\n{}", self.log());
+            assert!(Instant::now() < deadline, "no {what}:\n{}", self.log());
+            common::pause();
+        }
+    }
+}
+
+impl Drop for Starting {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The log of a member that does not run.
+fn read_log(data: &Path) -> wal::Recovered {
+    Wal::open(wal::Options::new(data.join("member/wal"))).expect("the log opens").1
+}
+
+#[test]
+fn every_founding_member_writes_the_same_first_entries() {
+    // C-1, C-2, limits.md 17
+    let folder = tempfile::tempdir().expect("a folder");
+    let ports: [u16; 3] = common::free_ports();
+    let list = format!("a={},b={},c={}", url(ports[0]), url(ports[1]), url(ports[2]));
+    let founding = InitialCluster::parse(&list, |url| Ok(url.to_owned())).expect("a list").found("t");
+    for (name, port) in ["a", "b"].into_iter().zip(ports) {
+        let data = folder.path().join(name);
+        let flags = [format!("--initial-cluster={list}"), "--initial-cluster-token=t".to_owned()];
+        let mut member = Starting::new(&data, name, port, &flags.each_ref().map(String::as_str));
+        member.wait_for("store", || data.join("member/store/CURRENT").exists());
+        drop(member);
+        let log = read_log(&data);
+        assert_eq!(log.entries[..3], founding.entries());
+        assert_eq!(log.metadata.cluster_id, Some(founding.cluster_id));
+        assert_eq!(log.metadata.node_id, founding.member_id(name));
+    }
+}
+
+#[test]
+fn force_new_cluster_leaves_one_member_with_its_id() {
+    // limits.md 17
+    let folder = tempfile::tempdir().expect("a folder");
+    let data = folder.path().join("a");
+    let ports: [u16; 3] = common::free_ports();
+    let list = format!("a={},b={},c={}", url(ports[0]), url(ports[1]), url(ports[2]));
+    let mut member = Starting::new(&data, "a", ports[0], &[&format!("--initial-cluster={list}")]);
+    member.wait_for("store", || data.join("member/store/CURRENT").exists());
+    drop(member);
+    let founding = InitialCluster::parse(&list, |url| Ok(url.to_owned())).expect("a list").found("etcd-cluster");
+    let id = founding.member_id("a").expect("listed");
+
+    let data_dir = format!("--data-dir={}", data.display());
+    let list_members = async |server: &Server| {
+        let mut client = Client::connect(server).await;
+        let response = client.cluster.member_list(MemberListRequest { linearizable: true }).await.expect("a list");
+        let response = response.into_inner();
+        assert_eq!(response.header.expect("a header").cluster_id, founding.cluster_id);
+        response.members.iter().map(|member| member.id).collect::<Vec<_>>()
+    };
+    let forced = Server::start(&program(), &[&data_dir, "--force-new-cluster"]);
+    runtime().block_on(async {
+        assert_eq!(list_members(&forced).await, [id]);
+        let put = PutRequest { key: "k".into(), value: "v".into(), ..Default::default() };
+        Client::connect(&forced).await.kv.put(put).await.expect("a put");
+    });
+    drop(forced);
+    let again = Server::start(&program(), &[&data_dir]);
+    runtime().block_on(async {
+        assert_eq!(list_members(&again).await, [id]);
+        let range = RangeRequest { key: "k".into(), ..Default::default() };
+        assert_eq!(Client::connect(&again).await.kv.range(range).await.expect("a range").into_inner().count, 1);
+    });
+}
+
+#[test]
+fn a_joining_member_takes_its_ids_from_the_running_cluster() {
+    // limits.md 17, files.md 9.1
+    let Some(etcd) = common::require_tool("etcd") else { return };
+    let running = Server::start(&etcd, &[]);
+    let folder = tempfile::tempdir().expect("a folder");
+    let [port, unused] = common::free_ports();
+    let mine = format!("m1={}", url(port));
+    let both = format!("--initial-cluster=m0={},{mine}", url(running.peer_port));
+    let existing = "--initial-cluster-state=existing";
+    let start = |name: &str, flags: &[&str]| Starting::new(&folder.path().join(name), "m1", port, flags);
+
+    start("a", &[&both, existing]).refused(&["error validating peerURLs {ClusterID:", "]}: member count is unequal"]);
+    start("b", &[&format!("--initial-cluster={mine}"), existing]).refused(&[
+        "cannot fetch cluster info from peer urls: could not retrieve cluster information from the given URLs",
+    ]);
+    let elsewhere = format!("--initial-cluster=m0={},{mine}", url(unused));
+    start("c", &[&elsewhere, existing]).refused(&["could not retrieve cluster information from the given URLs"]);
+    start("d", &["--initial-cluster=m2=http://127.0.0.1:1", existing])
+        .refused(&[r#"couldn't find local name "m1" in the initial cluster configuration"#]);
+
+    let (id, cluster) = runtime().block_on(async {
+        let add = MemberAddRequest { peer_ur_ls: vec![url(port)], is_learner: true };
+        let added =
+            Client::connect(&running).await.cluster.member_add(add).await.expect("an added member").into_inner();
+        (added.member.expect("the member").id, added.header.expect("a header").cluster_id)
+    });
+    start("e", &[&format!("--initial-cluster=m0={},m1={}", url(running.peer_port), url(unused)), existing]).refused(&[
+        &format!("PeerURLs: no match found for existing member ({id:x}, [{}])", url(port)),
+        &format!("last resolver error (resolved urls: \"{}\" != \"", url(port)),
+    ]);
+    start("f", &[&both, existing, "--max-learners=0"]).refused(&["membership: too many learner members in cluster"]);
+
+    let data = folder.path().join("g");
+    let mut member = Starting::new(&data, "m1", port, &[&both, existing]);
+    member.wait_for("store", || data.join("member/store/CURRENT").exists());
+    drop(member);
+    let log = read_log(&data);
+    assert_eq!((log.metadata.node_id, log.metadata.cluster_id), (Some(id), Some(cluster)));
+    assert!(log.entries.is_empty());
+}
+
+#[test]
+fn a_member_that_has_been_there_before_does_not_begin_again() {
+    // limits.md 17: the others list it with client URLs
+    let Some(etcd) = common::require_tool("etcd") else { return };
+    let [port, other] = common::free_ports();
+    let list = format!("m0={},m1={}", url(port), url(other));
+    // A member that lists m0 as one that has started, as the others of a lost member do.
+    let running = Server::start(&etcd, &[]);
+    let own = runtime().block_on(client::members(&url(running.peer_port), SHORT)).expect("an answer").1;
+    assert_eq!(own.len(), 1);
+    drop(running);
+    let id =
+        InitialCluster::parse(&list, |url| Ok(url.to_owned())).expect("a list").found("etcd-cluster").member_id("m0");
+    let body = format!(
+        r#"[{{"id":{},"peerURLs":["{}"],"name":"m0","clientURLs":["http://c:1"]}}]"#,
+        id.expect("listed"),
+        url(port)
+    );
+    let listener = std::net::TcpListener::bind(("127.0.0.1", other)).expect("the port is free");
+    let answering = std::thread::spawn(move || {
+        use std::io::{Read, Write};
+        let (mut socket, _) = listener.accept().expect("a question");
+        let mut question = [0; 1024];
+        let read = socket.read(&mut question).expect("readable");
+        assert!(question[..read].starts_with(b"GET /members HTTP/1.1\r\n"));
+        let head = format!("HTTP/1.1 200 OK\r\nX-Etcd-Cluster-Id: 1\r\nContent-Length: {}\r\n\r\n", body.len());
+        socket.write_all((head + &body).as_bytes()).expect("writable");
+    });
+    let folder = tempfile::tempdir().expect("a folder");
+    Starting::new(&folder.path().join("a"), "m0", port, &[&format!("--initial-cluster={list}")])
+        .refused(&[&format!("member {:x} has already been bootstrapped", id.expect("listed"))]);
+    answering.join().expect("it was asked");
+}
+
+#[test]
+fn members_of_other_makes_answer_what_is_asked() {
+    // http.md 4.3, files.md 7.6
+    let Some(etcd) = common::require_tool("etcd") else { return };
+    let server = Server::start(&etcd, &[]);
+    let peer = url(server.peer_port);
+    let version = server.version();
+    let is_34 = version.starts_with("3.4.");
+    runtime().block_on(async {
+        let mut of = Client::connect(&server).await;
+        let lease = of.lease.lease_grant(LeaseGrantRequest { ttl: 1000, id: 7 }).await.expect("a lease").into_inner();
+        let put = PutRequest { key: "k".into(), value: "v".into(), lease: 7, ..Default::default() };
+        of.kv.put(put).await.expect("a put");
+        let cluster = lease.header.expect("a header").cluster_id;
+
+        let (id, members) = client::members(&peer, SHORT).await.expect("members");
+        assert_eq!(id, cluster);
+        assert_eq!(
+            (members.len(), members[0].name.as_str(), &members[0].peer_urls[..]),
+            (1, "m0", &[peer.clone()][..])
+        );
+
+        let versions = client::versions(&peer, SHORT).await.expect("versions");
+        assert_eq!(versions.server, version);
+        assert!(version.starts_with(versions.cluster.trim_end_matches(".0")), "{versions:?}");
+
+        assert_eq!(client::renew_lease(&peer, 7, SHORT).await.expect("renewed"), 1000);
+        let left = client::lease_time_to_live(&peer, 7, true, SHORT).await.expect("its time");
+        assert_eq!((left.granted_ttl, &left.keys[..]), (1000, &["k".into()][..]));
+        assert!((990..=1000).contains(&left.ttl));
+        let gone = client::renew_lease(&peer, 8, SHORT).await.unwrap_err();
+        assert!(matches!(&gone, Error::Refused { status: 404, text, .. } if text == "lease not found"), "{gone}");
+        let gone = client::lease_time_to_live(&peer, 8, false, SHORT).await.unwrap_err();
+        assert!(matches!(&gone, Error::Refused { status: 404, text, .. } if text == "lease not found"), "{gone}");
+
+        let hash = client::hash_kv(&peer, cluster, 0, SHORT).await.expect("a hash");
+        assert_eq!((hash.revision, hash.compact_revision), (2, -1));
+        assert_ne!(hash.hash, 0);
+        let future = client::hash_kv(&peer, cluster, 9, SHORT).await.unwrap_err();
+        assert!(matches!(&future, Error::Refused { status: 400, .. }), "{future}");
+
+        match client::downgrade_enabled(&peer, SHORT).await {
+            Ok(enabled) => assert!(!enabled && !is_34),
+            Err(e) => assert!(is_34 && matches!(e, Error::Refused { status: 404, .. }), "{e}"),
+        }
+        if is_34 {
+            return; // It looks for the member until the caller's time is over.
+        }
+        let unknown = client::promote(&peer, 5, SHORT).await.unwrap_err();
+        assert!(matches!(&unknown, Error::Refused { status: 404, .. }), "{unknown}");
+        let voter = client::promote(&peer, members[0].id, SHORT).await.unwrap_err();
+        assert!(matches!(&voter, Error::Refused { status: 412, .. }), "{voter}");
+    });
+}
+
+#[test]
+fn questions_that_nobody_answers_end_in_time() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let silent = url(listener.local_addr().expect("an address").port());
+    let ask =
+        |url: &str| runtime().block_on(client::versions(url, Duration::from_millis(200))).unwrap_err().to_string();
+    assert_eq!(ask(&silent), format!("{silent}: no answer within 200ms"));
+    let [closed] = common::free_ports();
+    assert!(ask(&url(closed)).contains("refused"));
+    assert_eq!(ask("https://127.0.0.1:1"), "https://127.0.0.1:1: not implemented: TLS between members");
+}
