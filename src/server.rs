@@ -5,6 +5,7 @@ mod data;
 mod join;
 mod lessor;
 mod peers;
+mod versions;
 
 use std::sync::{
     Arc,
@@ -19,8 +20,8 @@ use crate::{
     actor::{Gate, Inbox, Registry, placement::Arbiters, shell, watchdog},
     api,
     apply::{self, ApplyActor, Replies, ViewCell},
-    cluster::{Version, bootstrap},
-    config::{Config, ETCD_VERSION},
+    cluster::{Refusal, bootstrap},
+    config::Config,
     http::{
         listener,
         runtime::{self, Limits, Runtimes, Serves},
@@ -148,6 +149,10 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
             quota_configured: config.quota_backend_bytes,
             request_timeout,
             min_lease_ttl,
+            max_learners: usize::try_from(config.max_learners).unwrap_or(0),
+            strict_reconfig_check: config.strict_reconfig_check,
+            election_timeout: Duration::from_millis(config.election_timeout_ms),
+            heartbeat: Duration::from_millis(config.heartbeat_interval_ms),
         },
         view: view.clone(),
         storage: storage.clone(),
@@ -268,8 +273,13 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
             move |install| peers::install(install, &in_use, &stores, &settings)
         }),
         on_members: Box::new({
-            let transport = transport.clone();
-            move |members| transport.set_members(members.iter())
+            let (transport, server, own) = (transport.clone(), server.clone(), ids.member);
+            move |members| {
+                transport.set_members(members.iter());
+                if members.is_removed(own) {
+                    server.removed.notify_one();
+                }
+            }
         }),
     };
     let (arbiter, vital) = arbiters.place("apply");
@@ -347,6 +357,7 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
     }
 
     publish(&server, config, own_runtime).await?;
+    tasks.push(tokio::spawn(versions::watch(server.clone(), own_runtime)));
 
     // Clients come in only now (G-14).
     let limits = Limits { max_concurrent_streams: config.max_concurrent_streams, pings: config.server_pings() };
@@ -375,8 +386,21 @@ async fn advance_ticks(server: Arc<api::Server>, election_ticks: usize) {
     }
 }
 
-fn promote(_: &Arc<api::Server>, _: usize) -> Promote {
-    Arc::new(|_| Box::pin(async { Err(PromoteError::Other("not implemented".to_owned())) }))
+/// Promotions that other members forward.
+fn promote(server: &Arc<api::Server>, runtime: usize) -> Promote {
+    let server = server.clone();
+    Arc::new(move |id| {
+        let server = server.clone();
+        Box::pin(async move {
+            match server.promote_member(id, runtime).await {
+                Ok(members) => Ok(members.iter().cloned().collect()),
+                Err(apply::Error::Member(Refusal::NotFound | Refusal::Removed)) => Err(PromoteError::NotFound),
+                Err(apply::Error::Member(Refusal::NotLearner)) => Err(PromoteError::NotLearner),
+                Err(apply::Error::LearnerNotReady) => Err(PromoteError::NotReady),
+                Err(e) => Err(PromoteError::Other(format!("etcdserver: {e}"))),
+            }
+        })
+    })
 }
 
 fn ticks(period: Duration) -> tokio::time::Interval {
@@ -390,11 +414,9 @@ async fn publish(server: &Arc<api::Server>, config: &Config, runtime: usize) -> 
     let urls: Vec<String> = config.advertise_client_urls.iter().map(ToString::to_string).collect();
     let member = server.settings.member_id;
     propose_until_applied(server, runtime, || bootstrap::publish_request(member, &config.name, &urls)).await?;
-    let own: Version = ETCD_VERSION.parse()?;
-    let wanted = own.cluster_version();
-    let leads = server.raft_status.read().is_leader;
-    if leads && server.view.load().members.cluster_version().is_none_or(|v| v < wanted) {
-        propose_until_applied(server, runtime, || bootstrap::cluster_version_request(wanted)).await?;
+    if server.raft_status.read().sole_voter {
+        // Before clients come in, as nobody else has to be asked.
+        versions::look(server, runtime).await?;
     }
     Ok(())
 }

@@ -146,6 +146,7 @@ impl Member {
             data,
             conf_change: false,
             id: world.sequence,
+            as_leader_of: None,
             ticket: Ticket { request: Box::new(request), reply, deadline, permit },
         });
         self.asked.push_back((key, value));

@@ -29,6 +29,8 @@ impl Handle {
     async fn view_for(&self, serializable: bool) -> Result<Arc<View>, Status> {
         if serializable {
             Ok(self.server.view.load_full())
+        } else if self.server.raft_status.read().is_learner {
+            Err(super::status::learner_unsupported())
         } else {
             Ok(self.server.linearizable_view(self.runtime).await?)
         }

@@ -16,6 +16,7 @@ use crate::{
         LeaseKeepAliveRequest, LeaseKeepAliveResponse, LeaseLeasesRequest, LeaseLeasesResponse, LeaseRevokeRequest,
         LeaseRevokeResponse, LeaseStatus, LeaseTimeToLiveRequest, LeaseTimeToLiveResponse, lease_server::Lease,
     },
+    peer::client,
 };
 
 /// Cost of a grant towards the quota (M-16).
@@ -30,6 +31,17 @@ impl Handle {
     async fn renew(&self, id: i64) -> Result<i64, Error> {
         let deadline = tokio::time::Instant::now() + self.server.settings.request_timeout;
         loop {
+            let raft = self.server.raft_status.read();
+            if raft.leader != 0 && !raft.is_leader {
+                // Deadlines are kept by the leader alone (L-10).
+                if let Some(ttl) = self.renew_at_leader(id, deadline).await {
+                    return Ok(ttl);
+                }
+            }
+            if raft.is_leader && !raft.sole_voter && !self.server.has_ticked() {
+                // A process that stood still may have been replaced without knowing it (L-11).
+                self.server.linearizable_view(self.runtime).await.map_err(|_| Error::NotPrimaryLessor)?;
+            }
             let (answer, renewed) = oneshot::channel();
             let sent = self.server.leases.try_send(Ask::Renew { id, answer }).is_ok();
             let renewed = if sent {
@@ -57,9 +69,7 @@ impl Handle {
                 Some(Renewed::NotLeader) if self.server.raft_status.read().is_leader => {
                     // Leading, but the deadlines are not set yet.
                 }
-                Some(Renewed::NotLeader) if self.server.raft_status.read().leader == 0 => {}
-                Some(Renewed::NotLeader) => return Err(Error::NotPrimaryLessor),
-                None => {}
+                Some(Renewed::NotLeader) | None => {}
             }
             if tokio::time::Instant::now() + RETRY >= deadline {
                 let leader = self.server.raft_status.read().leader;
@@ -68,6 +78,53 @@ impl Handle {
             tokio::time::sleep(RETRY).await;
         }
     }
+}
+
+impl Handle {
+    /// `None`: the leader could not be asked; try again.
+    async fn renew_at_leader(&self, id: i64, deadline: tokio::time::Instant) -> Option<i64> {
+        for url in self.server.leader_urls() {
+            match client::renew_lease(&url, id, left(deadline)).await {
+                Ok(ttl) => {
+                    self.server.metrics.leases_renewed.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                    return Some(ttl);
+                }
+                Err(client::Error::Refused { status: 404, .. }) => return Some(0),
+                Err(e) => tracing::debug!("a lease's renewal could not be forwarded: {e}"),
+            }
+        }
+        None
+    }
+
+    /// Asks the leader for a lease's time (L-23).
+    async fn time_at_leader(&self, id: i64, keys: bool) -> Result<LeaseTimeToLiveResponse, Error> {
+        let deadline = tokio::time::Instant::now() + self.server.settings.request_timeout;
+        loop {
+            for url in self.server.leader_urls() {
+                match client::lease_time_to_live(&url, id, keys, left(deadline)).await {
+                    Ok(mut response) => {
+                        response.header = Some(self.server.header_of(&self.server.view.load()));
+                        return Ok(response);
+                    }
+                    Err(client::Error::Refused { status: 404, .. }) => {
+                        let header = Some(self.server.header_of(&self.server.view.load()));
+                        return Ok(LeaseTimeToLiveResponse { header, id, ttl: -1, ..Default::default() });
+                    }
+                    Err(client::Error::Refused { status: 500, .. }) => return Err(Error::LeaderChanged),
+                    Err(e) => tracing::debug!("a question for a lease's time could not be forwarded: {e}"),
+                }
+            }
+            if tokio::time::Instant::now() + RETRY >= deadline {
+                let leader = self.server.raft_status.read().leader;
+                return Err(if leader == 0 { Error::NoLeader } else { Error::Timeout });
+            }
+            tokio::time::sleep(RETRY).await;
+        }
+    }
+}
+
+fn left(deadline: tokio::time::Instant) -> Duration {
+    deadline.saturating_duration_since(tokio::time::Instant::now())
 }
 
 #[tonic::async_trait]
@@ -141,6 +198,9 @@ impl Lease for Handle {
         request: Request<LeaseTimeToLiveRequest>,
     ) -> Result<Response<LeaseTimeToLiveResponse>, Status> {
         let req = request.into_inner();
+        if !self.server.raft_status.read().is_leader {
+            return Ok(Response::new(self.time_at_leader(req.id, req.keys).await?));
+        }
         let deadline = tokio::time::Instant::now() + APPLY_WAIT;
         loop {
             let (answer, remaining) = oneshot::channel();

@@ -6,21 +6,20 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio_stream::{Stream, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status};
 
-use super::{
-    Handle,
-    kv::OTHER_KIND,
-    status::{self, not_implemented},
-};
+use super::{Handle, kv::OTHER_KIND, status};
 use crate::{
     apply::{self, Error},
+    cluster::Version,
     config::ETCD_VERSION,
     mvcc::hash,
     pb::etcdserverpb::{
         AlarmRequest, AlarmResponse, AlarmType, DefragmentRequest, DefragmentResponse, DowngradeInfo, DowngradeRequest,
         DowngradeResponse, HashKvRequest, HashKvResponse, HashRequest, HashResponse, InternalRaftRequest,
         MoveLeaderRequest, MoveLeaderResponse, SnapshotRequest, SnapshotResponse, StatusRequest, StatusResponse,
-        alarm_request::AlarmAction, maintenance_server::Maintenance,
+        alarm_request::AlarmAction, downgrade_request::DowngradeAction, maintenance_server::Maintenance,
     },
+    pb::membershippb::DowngradeInfoSetRequest,
+    raft,
     snapshot::{
         self,
         backup::{self, Part},
@@ -58,6 +57,31 @@ impl Drop for Parts {
 
 /// Quota shown when none is configured.
 const DEFAULT_QUOTA: i64 = 2 << 30;
+
+impl Handle {
+    /// The version a downgrade may go to, if it is this one (C-38, C-39).
+    async fn downgrade_target(&self, text: &str) -> Result<Version, Status> {
+        let whole = if text.split('.').count() == 2 { format!("{text}.0") } else { text.to_owned() };
+        let target: Version = whole.parse().map_err(|_| status::bad_downgrade_format())?;
+        let target = target.cluster_version();
+        let view = self.server.linearizable_view(self.runtime).await?;
+        let current = view.members.cluster_version().ok_or_else(status::no_cluster_version)?;
+        if !target.is_one_minor_below(current) {
+            return Err(status::bad_downgrade_target());
+        }
+        if view.members.downgrade().enabled {
+            return Err(status::downgrade_in_process());
+        }
+        Ok(target)
+    }
+
+    async fn set_downgrade(&self, target: Option<Version>) -> Result<(), Error> {
+        let ver = target.map_or_else(String::new, |version| version.to_string());
+        let job = DowngradeInfoSetRequest { enabled: target.is_some(), ver };
+        let request = InternalRaftRequest { downgrade_info_set: Some(job), ..Default::default() };
+        self.server.propose(request, self.runtime).await.map(|_| ())
+    }
+}
 
 #[tonic::async_trait]
 impl Maintenance for Handle {
@@ -188,10 +212,26 @@ impl Maintenance for Handle {
         if target == self.server.settings.member_id {
             return Ok(Response::new(MoveLeaderResponse { header: None }));
         }
-        Err(not_implemented("leadership transfer"))
+        self.server.raft.control(raft::Control::Transfer { to: target });
+        // As long as the caller waits (M-39).
+        self.server.raft_status.until(|now| now.leader == target).await;
+        Ok(Response::new(MoveLeaderResponse { header: None }))
     }
 
-    async fn downgrade(&self, _: Request<DowngradeRequest>) -> Result<Response<DowngradeResponse>, Status> {
-        Err(not_implemented("downgrades"))
+    async fn downgrade(&self, request: Request<DowngradeRequest>) -> Result<Response<DowngradeResponse>, Status> {
+        let req = request.into_inner();
+        let action = DowngradeAction::try_from(req.action).map_err(|_| status::unknown_method())?;
+        if action == DowngradeAction::Cancel {
+            // Also without a job (C-40).
+            self.set_downgrade(None).await?;
+        } else {
+            let target = self.downgrade_target(&req.version).await?;
+            if action == DowngradeAction::Enable {
+                self.set_downgrade(Some(target)).await?;
+            }
+        }
+        let view = self.server.view.load_full();
+        let version = view.members.cluster_version().map_or_else(String::new, |v| format!("{}.{}", v.major, v.minor));
+        Ok(Response::new(DowngradeResponse { header: Some(self.server.header_of(&view)), version }))
     }
 }

@@ -49,6 +49,10 @@ pub struct Settings {
     /// How long a proposal or a read round may take: 5 s + 2 election timeouts.
     pub request_timeout: Duration,
     pub min_lease_ttl: i64,
+    pub max_learners: usize,
+    pub strict_reconfig_check: bool,
+    pub election_timeout: Duration,
+    pub heartbeat: Duration,
 }
 
 /// What every handler may reach; one for the process.
@@ -233,14 +237,38 @@ impl Server {
     }
 
     /// Puts a request into the log and waits until it is applied here.
-    pub async fn propose(&self, mut request: InternalRaftRequest, runtime: usize) -> Result<Response, Error> {
+    pub async fn propose(&self, request: InternalRaftRequest, runtime: usize) -> Result<Response, Error> {
+        self.propose_as(request, None, runtime).await
+    }
+
+    /// As [`Self::propose`]; with a term only while this member leads in it, so that what a leader decides by its own
+    /// clock never outlives its leadership (H-40).
+    pub async fn propose_as(
+        &self,
+        mut request: InternalRaftRequest,
+        as_leader_of: Option<u64>,
+        runtime: usize,
+    ) -> Result<Response, Error> {
         let id = self.next_id();
         request.header = Some(RequestHeader { id, ..Default::default() });
         let data = Bytes::from(request.encode_to_vec());
         if data.len() > self.settings.max_request_bytes {
             return Err(Error::RequestTooLarge);
         }
-        let deadline = Instant::now() + self.settings.request_timeout;
+        self.propose_entry(id, data, Box::new(request), false, as_leader_of, runtime).await
+    }
+
+    async fn propose_entry(
+        &self,
+        id: u64,
+        data: Bytes,
+        request: Box<InternalRaftRequest>,
+        conf_change: bool,
+        as_leader_of: Option<u64>,
+        runtime: usize,
+    ) -> Result<Response, Error> {
+        let began = Instant::now();
+        let deadline = began + self.settings.request_timeout;
         let permit = match self.gate.try_enter(data.len()) {
             Some(permit) => permit,
             // In arrival order; whoever is still outside at its deadline has done nothing (D-16).
@@ -249,11 +277,42 @@ impl Server {
                 .map_err(|_| Error::DeadlineExceeded)?,
         };
         let (reply, answer) = Reply::new(runtime);
-        let ticket = Ticket { request: Box::new(request), reply, deadline, permit };
-        if self.raft.try_send(Input::Propose(Proposal { data, conf_change: false, id, ticket })).is_err() {
+        let ticket = Ticket { request, reply, deadline, permit };
+        if self.raft.try_send(Input::Propose(Proposal { data, conf_change, id, as_leader_of, ticket })).is_err() {
             // The gate is smaller than the lane, so only a stopped actor refuses.
             return Err(Error::Stopped);
         }
-        answer.await.unwrap_or(Err(apply::Error::Stopped))
+        match answer.await.unwrap_or(Err(apply::Error::Stopped)) {
+            Err(Error::Timeout) => Err(self.explain_timeout(began)),
+            outcome => outcome,
+        }
+    }
+
+    /// Whether raft's clock runs: a leader whose process stood still must ask before it acts on its leadership.
+    pub fn has_ticked(&self) -> bool {
+        self.raft_status.last_tick().is_some_and(|at| at.elapsed() < 3 * self.settings.heartbeat)
+    }
+
+    /// What a proposal that came to nothing may have suffered from (D-17).
+    fn explain_timeout(&self, began: Instant) -> Error {
+        let found = self.raft_status.leader_since();
+        let leader = self.raft_status.read().leader;
+        if let Some(found) = found.filter(|found| began < *found)
+            && began + 2 * self.settings.election_timeout > found
+        {
+            return Error::TimeoutLeaderFailed;
+        }
+        let is_connected = |id| self.connected_since(id).is_some_and(|since| since <= began);
+        let lost = if leader == self.settings.member_id {
+            let view = self.view.load();
+            let voters = view.members.iter().filter(|member| !member.is_learner);
+            let (all, connected) = voters.fold((0, 0), |(all, connected), member| {
+                (all + 1, connected + usize::from(member.id == leader || is_connected(member.id)))
+            });
+            connected < all / 2 + 1
+        } else {
+            leader != 0 && !is_connected(leader)
+        };
+        if lost { Error::TimeoutConnectionLost } else { Error::Timeout }
     }
 }

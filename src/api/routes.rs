@@ -35,6 +35,10 @@ pub struct Routes {
     receive_max: usize,
 }
 
+/// What a learner answers (C-25); of ranges only serializable ones, which the handler looks at.
+const LEARNER_MAY: [&str; 3] =
+    ["/etcdserverpb.KV/Range", "/etcdserverpb.Maintenance/Status", "/etcdserverpb.Maintenance/Snapshot"];
+
 /// Beyond the largest request there is room for this much envelope (G-11).
 const ENVELOPE_BYTES: usize = 512 << 10;
 
@@ -76,7 +80,7 @@ impl Routes {
         let Some((service, method)) = uri.path().strip_prefix('/').and_then(|p| p.split_once('/')) else {
             return Status::unimplemented(format!("malformed method name: {:?}", uri.path())).into_http();
         };
-        if let Err(status) = self.check(request.headers()) {
+        if let Err(status) = self.check(uri.path(), request.headers()) {
             return status.into_http();
         }
         let timeout = match timeout_of(request.headers()) {
@@ -122,7 +126,10 @@ impl Routes {
     }
 
     /// G-8, G-9.
-    fn check(&self, headers: &HeaderMap) -> Result<(), Status> {
+    fn check(&self, path: &str, headers: &HeaderMap) -> Result<(), Status> {
+        if self.handle.server.raft_status.read().is_learner && !LEARNER_MAY.contains(&path) {
+            return Err(status::learner_unsupported());
+        }
         if let Some(version) = headers.get("client-api-version")
             && std::str::from_utf8(version.as_bytes()).is_err()
         {

@@ -2,7 +2,7 @@
 
 use tonic::{Code, Status};
 
-use crate::{apply::Error, mvcc};
+use crate::{apply::Error, cluster::Refusal, mvcc};
 
 /// A status whose text begins with etcd's prefix.
 fn etcd(code: Code, text: &str) -> Status {
@@ -15,15 +15,24 @@ impl From<Error> for Status {
             Error::Compacted | Error::FutureRev | Error::LeaseTtlTooLarge => etcd(Code::OutOfRange, &e.to_string()),
             Error::KeyNotFound | Error::RequestTooLarge => etcd(Code::InvalidArgument, &e.to_string()),
             Error::AlarmAction(_) => etcd(Code::InvalidArgument, &e.to_string()),
+            Error::Member(Refusal::NotFound | Refusal::Removed) => etcd(Code::NotFound, &e.to_string()),
+            Error::Member(_) | Error::NotEnoughStarted | Error::LearnerNotReady | Error::NotLeader => {
+                etcd(Code::FailedPrecondition, &e.to_string())
+            }
             Error::LeaseNotFound => etcd(Code::NotFound, &e.to_string()),
             Error::LeaseExists => etcd(Code::FailedPrecondition, &e.to_string()),
             Error::NoSpace => etcd(Code::ResourceExhausted, &e.to_string()),
             Error::Corrupt => etcd(Code::DataLoss, &e.to_string()),
             // G-2: etcd's own table misses these two, so they leave as Unknown.
             Error::TooManyRequests => etcd(Code::Unknown, &e.to_string()),
-            Error::Timeout | Error::TimeoutAppliedIndex | Error::LeaderChanged | Error::NoLeader | Error::Stopped => {
-                etcd(Code::Unavailable, &e.to_string())
-            }
+            Error::Timeout
+            | Error::TimeoutLeaderFailed
+            | Error::TimeoutConnectionLost
+            | Error::TimeoutAppliedIndex
+            | Error::Unhealthy
+            | Error::LeaderChanged
+            | Error::NoLeader
+            | Error::Stopped => etcd(Code::Unavailable, &e.to_string()),
             Error::DeadlineExceeded => Status::new(Code::DeadlineExceeded, e.to_string()),
             Error::NotPrimaryLessor | Error::ProposalDropped => Status::new(Code::Unknown, e.to_string()),
             Error::NotImplemented(_) => Status::new(Code::Unimplemented, e.to_string()),
@@ -57,6 +66,12 @@ statuses! {
     watch_canceled = Cancelled "watch canceled";
     no_leader = Unavailable "no leader";
     not_leader = FailedPrecondition "not leader";
+    bad_member_urls = InvalidArgument "given member URLs are invalid";
+    bad_downgrade_format = InvalidArgument "wrong downgrade target version format";
+    bad_downgrade_target = InvalidArgument "invalid downgrade target version";
+    no_cluster_version = FailedPrecondition "cluster version not found during downgrade";
+    downgrade_in_process = FailedPrecondition "cluster has a downgrade job in progress";
+    unknown_method = Unknown "unknown method";
     bad_transferee = FailedPrecondition "bad leader transferee";
     not_capable = FailedPrecondition "not capable";
     learner_unsupported = FailedPrecondition "rpc not supported for learner";

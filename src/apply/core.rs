@@ -7,7 +7,7 @@ use prost::Message;
 
 use super::{Alarms, Committed, ConfChanged, Error, Outcome, Reply, Response, View};
 use crate::{
-    cluster::{Change as MemberChange, Members},
+    cluster::{Change as MemberChange, Members, v2_request},
     lease::{self, Leases},
     mvcc::{self, change::Change, store::Store},
     pb::{
@@ -143,7 +143,8 @@ impl Core {
             }
             None if entry.data.is_empty() => {} // the first entry of a leader's term
             None => {
-                let request = match InternalRaftRequest::decode(entry.data) {
+                let request = InternalRaftRequest::decode(entry.data.clone());
+                let request = match request.or_else(|_| v2_request::read(&entry.data)) {
                     Ok(request) => request,
                     Err(e) => panic!("log entry {} cannot be read: {e}", entry.index),
                 };
@@ -304,10 +305,11 @@ impl Core {
             Ok(change) => change,
             Err(e) => unreadable(&e),
         };
-        let refused = self.members.apply(change, self.settings.max_learners, &mut self.batch).is_err();
-        let answer = entry.ticket.map(|t| (t.reply, Err(Error::NotImplemented("membership changes"))));
-        self.effects.conf_changed =
-            Some(ConfChanged { index: entry.index, change: (!refused).then_some((kind, node_id)), answer });
+        let done = self.members.apply(change, self.settings.max_learners, &mut self.batch);
+        let change = done.is_ok().then_some((kind, node_id));
+        let outcome = done.map(|()| Response::Members(self.members.clone())).map_err(Error::Member);
+        let answer = entry.ticket.map(|t| (t.reply, outcome));
+        self.effects.conf_changed = Some(ConfChanged { index: entry.index, change, answer });
     }
 
     /// Another state takes the place of this one: whoever still waits for something of it.

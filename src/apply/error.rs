@@ -1,6 +1,6 @@
 //! Why a request that went towards the log was not carried out. `api::status` gives each its code and text.
 
-use crate::{mvcc, storage};
+use crate::{cluster::Refusal, mvcc, storage};
 
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum Error {
@@ -32,6 +32,20 @@ pub enum Error {
     NotPrimaryLessor,
     #[error("context deadline exceeded")]
     DeadlineExceeded,
+    #[error("{}", member_text(*.0))]
+    Member(Refusal),
+    #[error("re-configuration failed due to not enough started members")]
+    NotEnoughStarted,
+    #[error("unhealthy cluster")]
+    Unhealthy,
+    #[error("can only promote a learner member which is in sync with leader")]
+    LearnerNotReady,
+    #[error("not leader")]
+    NotLeader,
+    #[error("request timed out, possibly due to previous leader failure")]
+    TimeoutLeaderFailed,
+    #[error("request timed out, possibly due to connection lost")]
+    TimeoutConnectionLost,
     #[error("raft proposal dropped")]
     ProposalDropped,
     #[error("leader changed")]
@@ -47,6 +61,23 @@ pub enum Error {
     /// The store can't be read: this member can't answer.
     #[error("{0}")]
     Storage(String),
+}
+
+/// Why a membership change is left, as clients read it.
+fn member_text(refusal: Refusal) -> &'static str {
+    match refusal {
+        Refusal::Removed | Refusal::NotFound => "member not found",
+        Refusal::Exists => "member ID already exist",
+        Refusal::PeerUrlExists => "Peer URLs already exists",
+        Refusal::NotLearner => "can only promote a learner member",
+        Refusal::TooManyLearners => "too many learner members in cluster",
+    }
+}
+
+impl From<Refusal> for Error {
+    fn from(refusal: Refusal) -> Self {
+        Error::Member(refusal)
+    }
 }
 
 impl From<mvcc::Error> for Error {

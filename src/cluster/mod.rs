@@ -3,6 +3,7 @@
 //! * [`Members`] is the replicated part, owned by apply and changed only by log entries.
 //! * [`conf_change`] reads and writes what a membership change carries in its entry.
 //! * [`bootstrap`] checks `--initial-cluster` and makes a founding member's first log entries.
+//! * [`reconfig`] says whether a change of the voters is safe enough to be tried.
 //! * [`ids`] computes member, cluster and request ids.
 //!
 //! Not here: proposing, raft's own configuration, talking to other members.
@@ -12,8 +13,10 @@ pub mod conf_change;
 pub mod ids;
 mod json;
 mod members;
+pub mod reconfig;
 #[cfg(test)]
 mod tests;
+pub mod v2_request;
 mod version;
 
 pub use conf_change::{Change, DecodeError};

@@ -56,7 +56,10 @@ impl Message for Ask {
 pub enum Control {
     Notices(Vec<LeaseNotice>),
     /// This member leads and has applied everything committed before.
-    Leader(LeaseSet),
+    Leader {
+        leases: LeaseSet,
+        term: u64,
+    },
     Demoted,
     /// Look at the deadlines.
     Tick,
@@ -66,12 +69,15 @@ pub enum Control {
 
 /// What the actor asks of raft, through proposals of the server's own.
 pub trait Proposer: Unpin + 'static {
-    fn revoke(&mut self, id: i64);
-    fn checkpoint(&mut self, checkpoints: Vec<LeaseCheckpoint>);
+    /// Only as leader of `term`.
+    fn revoke(&mut self, id: i64, term: u64);
+    fn checkpoint(&mut self, checkpoints: Vec<LeaseCheckpoint>, term: u64);
 }
 
 pub struct LeaseActor<P> {
     expirer: Expirer,
+    /// The term the deadlines belong to.
+    term: u64,
     proposer: P,
     start: Instant,
     /// Keepalives of leases that ran out and are not gone yet (L-9).
@@ -83,7 +89,7 @@ pub struct LeaseActor<P> {
 impl<P: Proposer> LeaseActor<P> {
     /// `next_at`: where the ticker reads when it must tick next, in ms since the actor's start; `u64::MAX`: never.
     pub fn new(expirer: Expirer, proposer: P, next_at: Arc<std::sync::atomic::AtomicU64>) -> Self {
-        Self { expirer, proposer, start: Instant::now(), waiting: HashMap::new(), next_at }
+        Self { expirer, term: 0, proposer, start: Instant::now(), waiting: HashMap::new(), next_at }
     }
 
     fn ms(&self, now: Instant) -> u64 {
@@ -100,14 +106,14 @@ impl<P: Proposer> LeaseActor<P> {
     fn work(&mut self, now: Instant) {
         let now = self.ms(now);
         for id in self.expirer.tick(now) {
-            self.proposer.revoke(id);
+            self.proposer.revoke(id, self.term);
         }
         loop {
             let checkpoints = self.expirer.next_checkpoints(now);
             if checkpoints.is_empty() {
                 break;
             }
-            self.proposer.checkpoint(checkpoints);
+            self.proposer.checkpoint(checkpoints, self.term);
         }
         let next = self.expirer.next_at().unwrap_or(u64::MAX);
         self.next_at.store(next, std::sync::atomic::Ordering::Relaxed);
@@ -153,7 +159,10 @@ impl<P: Proposer> Actor for LeaseActor<P> {
                     }
                 }
             }
-            Control::Leader(leases) => self.expirer.on_leader(self.ms(turn.now), &leases),
+            Control::Leader { leases, term } => {
+                self.term = term;
+                self.expirer.on_leader(self.ms(turn.now), &leases);
+            }
             Control::Demoted => {
                 self.expirer.on_demoted();
                 for (_, answers) in self.waiting.drain() {

@@ -94,6 +94,7 @@ impl Actor for RaftActor {
         match message {
             Control::Tick => {
                 self.wiring.status.tick_pending.store(false, Ordering::Release);
+                self.wiring.status.ticked(turn.now);
                 self.core.tick(turn.now);
             }
             Control::Persisted(number) => self.core.persisted(number, &mut self.output),
@@ -131,12 +132,12 @@ impl Actor for RaftActor {
         Flow::Continue
     }
 
-    fn on_turn_end(&mut self, _: &Turn) {
+    fn on_turn_end(&mut self, turn: &Turn) {
         let room = self.wiring.wal.stats.has_room() && self.wiring.apply.stats.has_room();
         let applied = self.wiring.applied.load(Ordering::Relaxed);
         self.core.poll(applied, room, &mut self.output);
         self.carry_out();
-        self.wiring.status.write(&self.core.reading());
+        self.wiring.status.write(&self.core.reading(), turn.now);
         self.wiring.status.proposals_pending.store(self.core.pending() as u64, Ordering::Relaxed);
         self.wiring.status.reads_pending.store(self.core.reads_pending() as u64, Ordering::Relaxed);
     }

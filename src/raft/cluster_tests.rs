@@ -141,14 +141,14 @@ impl Cluster {
         let header = Some(RequestHeader { id, ..Default::default() });
         let put = Some(PutRequest { key: key.to_owned().into(), ..Default::default() });
         let data = InternalRaftRequest { header, put, ..Default::default() }.encode_to_vec().into();
-        self.node(at).core.propose(Proposal { data, conf_change: false, id, ticket });
+        self.node(at).core.propose(Proposal { data, conf_change: false, id, as_leader_of: None, ticket });
         id
     }
 
     fn change(&mut self, at: u64, change: &Change) -> u64 {
         let (id, ticket) = self.ticket(InternalRaftRequest::default());
         let data = change.encode(id).encode_to_vec().into();
-        self.node(at).core.propose(Proposal { data, conf_change: true, id, ticket });
+        self.node(at).core.propose(Proposal { data, conf_change: true, id, as_leader_of: None, ticket });
         id
     }
 

@@ -396,6 +396,14 @@ impl Core {
         if self.queued.is_empty() || self.is_leaderless() {
             return;
         }
+        let leads_in = self.leads().then_some(self.node.raft.term);
+        if self.queued.iter().any(|p| p.as_leader_of.is_some_and(|term| leads_in != Some(term))) {
+            let (refused, kept): (VecDeque<_>, _) = std::mem::take(&mut self.queued)
+                .into_iter()
+                .partition(|p| p.as_leader_of.is_some_and(|term| leads_in != Some(term)));
+            self.queued = kept;
+            self.answers.extend(refused.into_iter().map(|p| (p.ticket.reply, Err(Error::NotLeader))));
+        }
         if self.node.raft.raft_log.committed > applied + self.options.apply_lag_max {
             self.answers.extend(self.queued.drain(..).map(|p| (p.ticket.reply, Err(Error::TooManyRequests))));
             return;

@@ -48,6 +48,8 @@ pub struct Proposal {
     pub conf_change: bool,
     /// The request's id as it stands in `data`: how the entry finds its ticket again.
     pub id: u64,
+    /// Only for the log if this member still leads in this term; else it is refused.
+    pub as_leader_of: Option<u64>,
     pub ticket: Ticket,
 }
 

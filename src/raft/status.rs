@@ -1,6 +1,14 @@
 //! What the raft actor tells the rest of the process: plain atomics, written by it alone.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Acquire, Ordering::Relaxed, Ordering::Release};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering::Acquire, Ordering::Relaxed, Ordering::Release},
+    },
+    time::Instant,
+};
+
+use arc_swap::ArcSwapOption;
 
 use tokio::sync::Notify;
 
@@ -22,6 +30,10 @@ pub struct Status {
     /// Messages of other members for which there was no room.
     pub messages_dropped: AtomicU64,
     pub heartbeat_send_failures: AtomicU64,
+    /// When the present leader was found.
+    leader_since: ArcSwapOption<Instant>,
+    /// When raft last ticked.
+    ticked: ArcSwapOption<Instant>,
     /// A tick is on its way to raft.
     pub tick_pending: AtomicBool,
     /// Told after every change of term, leader or role.
@@ -43,12 +55,25 @@ pub struct Reading {
 }
 
 impl Status {
-    pub(super) fn write(&self, now: &Reading) {
+    pub(super) fn ticked(&self, at: Instant) {
+        self.ticked.store(Some(Arc::new(at)));
+    }
+
+    pub fn last_tick(&self) -> Option<Instant> {
+        self.ticked.load().as_deref().copied()
+    }
+
+    pub fn leader_since(&self) -> Option<Instant> {
+        self.leader_since.load().as_deref().copied()
+    }
+
+    pub(super) fn write(&self, now: &Reading, at: Instant) {
         let changed = self.leader.load(Relaxed) != now.leader
             || self.term.load(Relaxed) != now.term
             || self.is_leader.load(Relaxed) != now.is_leader;
         if self.leader.load(Relaxed) != now.leader && now.leader != 0 {
             self.leader_changes.fetch_add(1, Relaxed);
+            self.leader_since.store(Some(Arc::new(at)));
         }
         self.commit.store(now.commit, Relaxed);
         self.last_index.store(now.last_index, Relaxed);

@@ -69,7 +69,13 @@ impl Bench {
         let (reply, _) = Reply::new(0);
         let permit = self.gate.try_enter(data.len()).unwrap();
         let ticket = Ticket { request: Box::new(InternalRaftRequest::default()), reply, deadline, permit };
-        self.core.propose(Proposal { data: Bytes::from_static(data), conf_change: false, id: self.ids, ticket });
+        self.core.propose(Proposal {
+            data: Bytes::from_static(data),
+            conf_change: false,
+            id: self.ids,
+            as_leader_of: None,
+            ticket,
+        });
     }
 
     fn persist(&mut self, number: u64) {

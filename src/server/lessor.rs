@@ -27,11 +27,11 @@ impl Proposer {
 }
 
 impl actor::Proposer for Proposer {
-    fn revoke(&mut self, id: i64) {
+    fn revoke(&mut self, id: i64, term: u64) {
         let (server, runtime) = (self.server.clone(), self.runtime);
         self.tokio.spawn(async move {
             let request = InternalRaftRequest { lease_revoke: Some(LeaseRevokeRequest { id }), ..Default::default() };
-            match server.propose(request, runtime).await {
+            match server.propose_as(request, Some(term), runtime).await {
                 // Gone already: apply has no notice of it to give.
                 Err(Error::LeaseNotFound) => {
                     server.leases.control(Control::Notices(vec![LeaseNotice::Gone { id }]));
@@ -45,12 +45,12 @@ impl actor::Proposer for Proposer {
         });
     }
 
-    fn checkpoint(&mut self, checkpoints: Vec<LeaseCheckpoint>) {
+    fn checkpoint(&mut self, checkpoints: Vec<LeaseCheckpoint>, term: u64) {
         let (server, runtime) = (self.server.clone(), self.runtime);
         self.tokio.spawn(async move {
             let lease_checkpoint = Some(LeaseCheckpointRequest { checkpoints });
             let request = InternalRaftRequest { lease_checkpoint, ..Default::default() };
-            if let Err(e) = server.propose(request, runtime).await {
+            if let Err(e) = server.propose_as(request, Some(term), runtime).await {
                 tracing::debug!("lease checkpoints could not be written: {e}");
             }
         });
@@ -62,7 +62,7 @@ pub async fn follow_leadership(server: Arc<Server>) {
     loop {
         let led = server.raft_status.until(|now| now.is_leader).await;
         let view = server.view.until(|view| view.applied_term >= led.term).await;
-        server.leases.control(Control::Leader(view.leases.clone()));
+        server.leases.control(Control::Leader { leases: view.leases.clone(), term: led.term });
         server.raft_status.until(|now| !now.is_leader || now.term != led.term).await;
         server.leases.control(Control::Demoted);
     }
