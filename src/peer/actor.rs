@@ -84,7 +84,8 @@ impl Peer {
         let (pipeline, end) = post::pipeline();
         let mut tasks = JoinSet::new();
         for _ in 0..post::SENDERS {
-            tasks.spawn(end.clone().run(target.clone()));
+            // Not aborted: what is queued when a sender becomes a member still goes out.
+            actix_rt::spawn(end.clone().run(target.clone()));
         }
         if !is_remote {
             for kind in [Kind::Append, Kind::Message] {
