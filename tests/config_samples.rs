@@ -6,12 +6,14 @@ use std::path::Path;
 fn samples() -> Vec<(String, Config)> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("config");
     let mut samples = Vec::new();
-    for entry in std::fs::read_dir(folder).expect("the folder of samples") {
+    let entries =
+        [folder.clone(), folder.join("three-node")].map(|f| std::fs::read_dir(f).expect("a folder of samples"));
+    for entry in entries.into_iter().flatten() {
         let path = entry.expect("an entry").path();
         if path.extension().is_none_or(|extension| extension != "yml") {
             continue;
         }
-        let name = path.file_name().expect("a file").to_string_lossy().into_owned();
+        let name = path.strip_prefix(&folder).expect("below it").to_string_lossy().into_owned();
         let args = [format!("--config-file={}", path.display())];
         match load(args, [], |path| std::fs::read_to_string(path)) {
             Ok(Loaded::Run(config, notices)) => {
@@ -28,7 +30,7 @@ fn samples() -> Vec<(String, Config)> {
 #[test]
 fn every_sample_loads() {
     let names: Vec<_> = samples().into_iter().map(|(name, _)| name).collect();
-    for expected in ["single.yml", "tuned.yml"] {
+    for expected in ["single.yml", "tuned.yml", "three-node/a.yml", "three-node/b.yml", "three-node/c.yml"] {
         assert!(names.iter().any(|name| name == expected), "{expected} is not in {names:?}");
     }
 }
@@ -54,4 +56,20 @@ fn the_tuned_sample_is_tuned() {
     assert_eq!(config.server_pings().map(|(every, within)| (every.as_secs(), within.as_secs())), Some((600, 20)));
     assert_eq!(config.listen_client_urls.len(), 2);
     assert_eq!(config.slow_unary_request().as_millis(), 500);
+}
+
+#[test]
+fn the_three_samples_make_one_cluster() {
+    use actd::cluster::bootstrap::InitialCluster;
+    let mut ids = std::collections::BTreeSet::new();
+    for name in ["three-node/a.yml", "three-node/b.yml", "three-node/c.yml"] {
+        let (_, config) = samples().into_iter().find(|(of, _)| of == name).expect("listed");
+        let initial = InitialCluster::parse(&config.initial_cluster, |url| Ok(url.to_owned())).expect("a list");
+        let own: Vec<String> = config.initial_advertise_peer_urls.iter().map(ToString::to_string).collect();
+        initial.validate(&config.name, &own, str::to_owned).expect("its own URLs are in the list");
+        let founding = initial.found(&config.initial_cluster_token);
+        ids.insert(founding.cluster_id);
+        assert_eq!(founding.members.len(), 3);
+    }
+    assert_eq!(ids.len(), 1);
 }

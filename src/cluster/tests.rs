@@ -463,3 +463,38 @@ fn the_first_requests_of_a_member_are_etcds() {
     let version = bootstrap::cluster_version_request(Version::new(3, 7, 1));
     assert_eq!(version.encode_to_vec(), b"\xa2\x51\x07\x0a\x053.7.0");
 }
+
+#[test]
+fn only_a_cluster_of_a_fitting_version_is_joined() {
+    // limits.md 17, C-34
+    let own = Version::new(3, 7, 1);
+    let check = |told: &[Version], downgrading| bootstrap::check_versions(own, told, downgrading).is_ok();
+    assert!(check(&[Version::new(3, 7, 0), Version::new(3, 4, 0)], false));
+    assert!(!check(&[], false));
+    assert!(!check(&[Version::new(3, 8, 0)], false));
+    assert!(!check(&[Version::new(2, 3, 0)], false));
+    assert!(check(&[Version::new(3, 8, 0)], true));
+    assert!(!check(&[Version::new(3, 7, 0)], true));
+}
+
+#[test]
+fn a_member_alone_has_a_vote_before_the_others_go() {
+    // limits.md 17 (--force-new-cluster)
+    let members = cluster([voter(1, "http://a:1"), voter(2, "http://b:1"), learner(3, "http://c:1")]);
+    let of = |id| bootstrap::alone(&members, Member { id, ..Member::default() });
+    assert_eq!(of(1), [Change::Remove(2), Change::Remove(3)]);
+    assert_eq!(of(3), [Change::Promote(3), Change::Remove(1), Change::Remove(2)]);
+    assert!(matches!(&of(4)[..], [Change::Add(_), Change::Remove(1), Change::Remove(2), Change::Remove(3)]));
+}
+
+#[test]
+fn a_joining_member_is_found_by_its_urls_as_resolved() {
+    // files.md 9.1
+    let running = [voter(7, "http://10.0.0.1:1"), voter(9, "http://10.0.0.2:1")];
+    let list = initial("a=http://one:1,b=http://10.0.0.2:1");
+    let resolve = |url: &str| url.replace("one", "10.0.0.1");
+    assert_eq!(list.join("a", &running, resolve), Ok(7));
+    assert_eq!(list.join("b", &running, resolve), Ok(9));
+    assert!(matches!(list.join("a", &running, str::to_owned), Err(bootstrap::Error::NoMatch { .. })));
+    assert_eq!(list.join("a", &running[..1], resolve), Err(bootstrap::Error::MemberCount));
+}

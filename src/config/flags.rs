@@ -477,7 +477,7 @@ pub static TABLE: &[Group] = &[
             flag("bootstrap-defrag-threshold-megabytes", Uint(|c| &mut c.bootstrap_defrag_threshold_megabytes), "0",
                 "defragment at the start if that frees at least so many megabytes; 0 never").waits(BBOLT),
             flag("max-learners", Int(|c| &mut c.max_learners), "1",
-                "members without a vote the cluster may have; the same on every member").waits(PEERS),
+                "members without a vote the cluster may have; the same on every member"),
         ],
     },
     Group {
@@ -485,7 +485,7 @@ pub static TABLE: &[Group] = &[
         about: "These give up promises the server otherwise makes. For rescue and for tests.",
         flags: &[
             flag("force-new-cluster", Bool(|c| &mut c.force_new_cluster), "false",
-                "make this member's data a cluster of its own, without all other members").waits(PEERS),
+                "make this member's data a cluster of its own, without all other members"),
             flag("unsafe-no-fsync", Bool(|c| &mut c.unsafe_no_fsync), "false",
                 "do not wait for the disk; a crash of the machine loses acknowledged writes"),
         ],

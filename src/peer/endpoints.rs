@@ -101,7 +101,7 @@ impl Endpoints {
     }
 
     fn members(&self) -> Answer {
-        self.from_here(ok("application/json", list(self.server.view.load().members.iter())))
+        self.with_cluster_id(ok("application/json", list(self.server.view.load().members.iter())))
     }
 
     async fn downgrade_enabled(&self) -> Answer {
@@ -111,7 +111,7 @@ impl Endpoints {
                 text_error(StatusCode::INTERNAL_SERVER_ERROR, &format!("failed linearized read: etcdserver: {e}"))
             }
         };
-        self.from_here(answer)
+        self.with_cluster_id(answer)
     }
 
     async fn hash_kv(&self, headers: &HeaderMap, body: &[u8]) -> Answer {
@@ -139,7 +139,7 @@ impl Endpoints {
                     hash_revision: found.hash_revision,
                 };
                 let text = serde_json::to_vec(&answer).expect("numbers always encode");
-                self.from_here(ok("application/json", text))
+                self.with_cluster_id(ok("application/json", text))
             }
             Ok(Err(e)) => text_error(StatusCode::BAD_REQUEST, &e.to_string()),
             Err(e) => text_error(StatusCode::INTERNAL_SERVER_ERROR, &e.to_string()),
@@ -163,7 +163,7 @@ impl Endpoints {
             },
             Err(_) => text_error(StatusCode::NOT_FOUND, &format!("member {id} not found in cluster")),
         };
-        self.from_here(answer)
+        self.with_cluster_id(answer)
     }
 
     async fn renew(&self, body: Bytes) -> Answer {
@@ -248,7 +248,7 @@ impl Endpoints {
     }
 
     /// Names the cluster, as most answers do.
-    fn from_here(&self, mut answer: Answer) -> Answer {
+    fn with_cluster_id(&self, mut answer: Answer) -> Answer {
         let id = ids::hex(self.server.settings.cluster_id);
         answer.headers_mut().insert(CLUSTER_ID, HeaderValue::try_from(id).expect("hexadecimal digits"));
         answer
