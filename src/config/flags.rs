@@ -155,7 +155,7 @@ const fn ignored(name: &'static str) -> Flag {
     flag(name, Kind::Ignored, "", "no effect; accepted so that old start scripts still work").key("")
 }
 
-const PEERS: &str = "clusters of several members";
+const LIMITS: &str = "5s is kept between members, whatever is given";
 const DISCOVERY: &str = "discovery";
 const TLS: &str = "TLS";
 const AUTH: &str = "users and roles";
@@ -199,9 +199,9 @@ pub static TABLE: &[Group] = &[
                 "milliseconds without a leader before a member stands for election; at least 5 heartbeats, at most \
                  50000, and the same on every member"),
             flag("initial-election-tick-advance", Bool(|c| &mut c.initial_election_tick_advance), "true",
-                "skip most of the wait before the first election after a start").waits(PEERS),
+                "skip most of the wait before the first election after a start"),
             flag("listen-peer-urls", Urls(|c| &mut c.listen_peer_urls), DEFAULT_PEER_URL,
-                "where to listen for other members; an address or localhost, no names").waits(PEERS),
+                "where to listen for other members; an address or localhost, no names"),
             flag("listen-client-urls", Urls(|c| &mut c.listen_client_urls), DEFAULT_CLIENT_URL,
                 "where to listen for clients; an address or localhost, no names"),
             flag("listen-client-http-urls", Urls(|c| &mut c.listen_client_http_urls), "",
@@ -244,9 +244,9 @@ pub static TABLE: &[Group] = &[
             flag("enable-grpc-gateway", Bool(|c| &mut c.enable_grpc_gateway), "true",
                 "serve the API as JSON over HTTP below /v3/").waits(GATEWAY),
             flag("raft-read-timeout", Duration(|c| &mut c.raft_read_timeout), "5s",
-                "how long a connection between members may be silent; at least 5s").key("").waits(PEERS),
+                "how long a connection between members may be silent; at least 5s").key("").waits(LIMITS),
             flag("raft-write-timeout", Duration(|c| &mut c.raft_write_timeout), "5s",
-                "how long a write to another member may take; at least 5s").key("").waits(PEERS),
+                "how long a write to another member may take; at least 5s").key("").waits(LIMITS),
             flag("feature-gates", Gates, "",
                 "switches for single features, as Name=true,Other=false; the names are listed at the end"),
         ],
@@ -310,7 +310,7 @@ pub static TABLE: &[Group] = &[
             flag("discovery-fallback", choice(&["exit", "proxy"], |c| &mut c.discovery_fallback), "exit",
                 "leftover of an older discovery; only exit is possible").key(""),
             flag("strict-reconfig-check", Bool(|c| &mut c.strict_reconfig_check), "true",
-                "refuse a change of members that would leave too few of them running").waits(PEERS),
+                "refuse a change of members that would leave too few of them running"),
             flag("pre-vote", Bool(|c| &mut c.pre_vote), "true",
                 "ask whether an election could be won before starting it, so that a member that was cut off does not \
                  disturb the others when it returns"),
