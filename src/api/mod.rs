@@ -154,9 +154,13 @@ impl Server {
         header.raft_term = self.raft_status.read().term;
     }
 
-    /// The connections to other members, once there are any.
     pub fn set_links(&self, links: Arc<dyn Links>) {
         assert!(self.links.set(links).is_ok(), "a member has one transport");
+    }
+
+    /// The connections to other members, once there are any.
+    pub fn links(&self) -> Option<&Arc<dyn Links>> {
+        self.links.get()
     }
 
     /// Since when the member `id` has been connected without a break.

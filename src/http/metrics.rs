@@ -28,6 +28,9 @@ pub fn render(handle: &Handle) -> Answer {
     rpcs(&mut out, &handle.server.metrics);
     actors(&mut out, &handle.server.registry);
     process(&mut out);
+    if let Some(links) = handle.server.links() {
+        links.render_metrics(&mut out.0);
+    }
     let mut response = Response::new(Full::new(Bytes::from(out.0)));
     set_type(&mut response, "text/plain; version=0.0.4; charset=utf-8; escaping=underscores");
     response

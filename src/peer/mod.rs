@@ -70,15 +70,8 @@ pub trait Databases: Send + Sync + 'static {
 pub trait Links: Send + Sync + 'static {
     /// Since when the member `id` has been connected without a break.
     fn connected_since(&self, id: u64) -> Option<Instant>;
-}
-
-/// A member without others.
-pub struct NoLinks;
-
-impl Links for NoLinks {
-    fn connected_since(&self, _: u64) -> Option<Instant> {
-        None
-    }
+    /// Appends what `/metrics` says of them.
+    fn render_metrics(&self, out: &mut String);
 }
 
 /// Bytes a message keeps in memory beside its own size.

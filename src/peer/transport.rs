@@ -171,11 +171,6 @@ impl Transport {
         *self.changing.lock().unwrap_or_else(PoisonError::into_inner) = true;
     }
 
-    /// Appends the text for `/metrics`.
-    pub fn render_metrics(&self, out: &mut String) {
-        self.shared.numbers.render(out);
-    }
-
     pub(super) fn peer(&self, id: u64) -> Option<Handle> {
         self.peers.load().get(&id).cloned()
     }
@@ -218,6 +213,10 @@ impl Transport {
 impl Links for Transport {
     fn connected_since(&self, id: u64) -> Option<Instant> {
         self.peers.load().get(&id)?.numbers.status.since()
+    }
+
+    fn render_metrics(&self, out: &mut String) {
+        self.shared.numbers.render(out);
     }
 }
 
