@@ -86,7 +86,7 @@ impl Actor for RaftActor {
         match input {
             Input::Propose(proposal) => self.core.propose(proposal),
             Input::Read(request) => self.core.read(request),
-            Input::Step(message, _) => self.step(message),
+            Input::Step(message, _) => self.step(*message),
         }
     }
 

@@ -280,7 +280,9 @@ impl Core {
     /// The WAL made everything up to Ready `number` durable.
     pub fn persisted(&mut self, number: u64, output: &mut Output) {
         self.node.on_persist_ready(number);
-        while let Some(write) = self.in_flight.pop_front_if(|write| write.number <= number) {
+        while self.in_flight.front().is_some_and(|write| write.number <= number)
+            && let Some(write) = self.in_flight.pop_front()
+        {
             // An append that replaced a tail ends lower than the one before it.
             self.durable_index = write.end.unwrap_or(self.durable_index);
             output.install = write.install.or(output.install.take());
@@ -411,7 +413,9 @@ impl Core {
         while !self.queued.is_empty() {
             let (mut entries, mut ids, mut bytes) = (Vec::new(), Vec::new(), 0);
             let bytes_max = if self.leads() { usize::MAX } else { FORWARD_BYTES_MAX };
-            while let Some(proposal) = self.queued.pop_front_if(|_| bytes < bytes_max) {
+            while bytes < bytes_max
+                && let Some(proposal) = self.queued.pop_front()
+            {
                 bytes += proposal.data.len();
                 let entry_type =
                     if proposal.conf_change { rs::EntryType::EntryConfChange } else { rs::EntryType::EntryNormal };

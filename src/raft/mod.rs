@@ -59,7 +59,7 @@ pub enum Input {
     Propose(Proposal),
     Read(ReadRequest),
     /// A message of another member, with its place among those that wait.
-    Step(raftpb::Message, Permit),
+    Step(Box<raftpb::Message>, Permit),
 }
 
 impl Message for Input {

@@ -44,7 +44,7 @@ impl ToRaft {
 impl Incoming for ToRaft {
     fn message(&self, message: Message) {
         let taken = self.gate.try_enter(message_bytes(&message)).is_some_and(|permit| {
-            let input = Input::Step(message, permit);
+            let input = Input::Step(Box::new(message), permit);
             self.server.raft.try_send(input).is_ok()
         });
         if !taken {

@@ -20,7 +20,7 @@ use crate::{
     cluster::Member,
     config::Url,
     pb::raftpb::{Entry, Message, MessageType, Snapshot, SnapshotMetadata},
-    peer::{Bound, Chunks, Databases, Handler, Incoming, Listening, Transport, Wiring},
+    peer::{Bound, Chunks, Databases, Handler, Incoming, Links, Listening, Transport, Wiring},
 };
 
 pub const CLUSTER: u64 = 0xc1;
