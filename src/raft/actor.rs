@@ -101,7 +101,7 @@ impl Actor for RaftActor {
             Control::ConfChanged(done) => self.core.conf_changed(done, &mut self.output),
             Control::Installed(index) => self.core.installed(index),
             Control::Snapshot(message, taken) => {
-                self.step(message);
+                self.step(*message);
                 let _ = taken.send(self.core.has_snapshot());
             }
             Control::Unreachable(id) => self.core.unreachable(id),

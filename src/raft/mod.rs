@@ -109,7 +109,7 @@ pub enum Control {
     /// apply has taken on the snapshot at this index.
     Installed(u64),
     /// A leader's snapshot whose store directory is complete; told whether raft goes on from it.
-    Snapshot(raftpb::Message, tokio::sync::oneshot::Sender<bool>),
+    Snapshot(Box<raftpb::Message>, tokio::sync::oneshot::Sender<bool>),
     /// Appends to this member are lost.
     Unreachable(u64),
     /// What became of a snapshot for another member.

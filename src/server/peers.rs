@@ -123,7 +123,7 @@ impl Databases for Stores {
                 .map_err(|e| e.to_string())?
                 .map_err(|e| format!("failed to save KV snapshot ({e:#})"))?;
             let (taken, answer) = oneshot::channel();
-            server.raft.control(raft::Control::Snapshot(message, taken));
+            server.raft.control(raft::Control::Snapshot(Box::new(message), taken));
             match answer.await {
                 Ok(true) => {
                     // The next one waits until this one is in use.
@@ -206,6 +206,7 @@ pub fn install(
     if let Some(path) = before.map(|before| dir.path(&before)) {
         // Readers that are under way keep it; what is left at the next start goes then.
         std::thread::Builder::new().name("old-store".into()).spawn(move || {
+            #[allow(clippy::disallowed_methods)] // a thread of its own, which has nothing else to do
             while Arc::strong_count(&old) > 1 {
                 std::thread::sleep(Duration::from_millis(100));
             }

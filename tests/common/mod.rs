@@ -250,6 +250,10 @@ impl Client {
             .connect()
             .await
             .unwrap_or_else(|error| panic!("no connection: {error:?}\n{}", server.stderr_tail()));
+        Self::over(channel)
+    }
+
+    pub fn over(channel: Channel) -> Self {
         let all = usize::MAX; // answers are not limited by the server (G-11), so not by us
         Self {
             kv: KvClient::new(channel.clone()).max_decoding_message_size(all),
