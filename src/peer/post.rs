@@ -98,6 +98,13 @@ impl PipelineEnd {
     }
 }
 
+/// A post without an answer.
+struct Failed {
+    reason: String,
+    /// Certainly nothing of it has left.
+    unsent: bool,
+}
+
 /// A connection that may be used again.
 type Kept = Option<(Url, SendRequest<Full<Bytes>>)>;
 
@@ -114,14 +121,20 @@ impl Target {
             && at == url
             && connection.ready().await.is_ok()
         {
-            // The other side may have closed it just now; then a new one is tried.
-            if let Ok(answer) = self.post_on(&mut connection, &url, body).await {
-                return self.judge(answer, url, connection, kept).await;
+            match self.post_on(&mut connection, &url, body).await {
+                Ok(answer) => return self.judge(answer, url, connection, kept).await,
+                // The other side has closed it meanwhile, and nothing of the message has left: a new one is tried.
+                Err(Failed { unsent: true, .. }) => {}
+                // It may have arrived. A forwarded proposal must not arrive twice (D-21).
+                Err(Failed { reason, .. }) => {
+                    self.urls.failed(&url);
+                    return Err(reason);
+                }
             }
         }
         let fresh = async {
             let mut connection = dial::connect(&url, self.shared.post_limits()).await.map_err(|e| dial::chain(&e))?;
-            let answer = self.post_on(&mut connection, &url, body).await?;
+            let answer = self.post_on(&mut connection, &url, body).await.map_err(|e| e.reason)?;
             Ok((answer, connection))
         };
         match fresh.await {
@@ -138,14 +151,17 @@ impl Target {
         connection: &mut SendRequest<Full<Bytes>>,
         url: &Url,
         body: &Bytes,
-    ) -> Result<Response<body::Incoming>, String> {
+    ) -> Result<Response<body::Incoming>, Failed> {
         let request = self
             .shared
             .request(Method::POST, url, "/raft")
             .header(header::CONTENT_TYPE, "application/protobuf")
             .body(Full::new(body.clone()))
-            .map_err(|e| e.to_string())?;
-        connection.send_request(request).await.map_err(|e| dial::chain(&e))
+            .map_err(|e| Failed { reason: e.to_string(), unsent: false })?;
+        connection.try_send_request(request).await.map_err(|mut e| {
+            let unsent = e.take_message().is_some();
+            Failed { reason: dial::chain(e.error()), unsent }
+        })
     }
 
     async fn judge(

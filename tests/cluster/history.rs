@@ -58,6 +58,7 @@ pub enum Outcome {
 
 #[derive(Clone, Debug)]
 pub struct Op {
+    #[allow(dead_code)] // printed
     pub client: usize,
     pub call: Call,
     pub start: u64,

@@ -154,12 +154,6 @@ impl Member {
         }
     }
 
-    /// All its data are gone.
-    pub fn wipe(&mut self) {
-        assert!(self.child.is_none());
-        std::fs::remove_dir_all(self.folder.path().join("data")).expect("the data can be removed");
-    }
-
     pub async fn status(&self) -> Option<StatusResponse> {
         let mut client = self.client().maintenance;
         let asked = tokio::time::timeout(Duration::from_secs(1), client.status(StatusRequest {}));

@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -385,5 +385,64 @@ fn after_the_stop_nothing_is_sent_or_dialled() {
         until("b sees it", || b.transport.connected_since(1).is_none() || a.registry.actors().is_empty()).await;
         a.transport.send(vec![Message { entries: vec![Entry::default()], ..message(MessageType::MsgProp, 1, 2) }]);
         assert!(a.transport.connected_since(2).is_none());
+    });
+}
+
+#[test]
+fn a_post_that_may_have_arrived_is_not_made_again() {
+    // D-21: a forwarded proposal that arrives twice takes effect twice.
+    run(async {
+        let a = Node::start(1).await;
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        a.transport.set_members([&crate::cluster::Member { id: 2, peer_urls: vec![url], ..Default::default() }]);
+        let (told, mut posts) = tokio::sync::mpsc::unbounded_channel();
+        tokio::spawn(async move {
+            while let Ok((mut socket, _)) = listener.accept().await {
+                let told = told.clone();
+                tokio::spawn(async move {
+                    let mut first = true;
+                    let mut read = BytesMut::new();
+                    while socket.read_buf(&mut read).await.is_ok_and(|n| n > 0) {
+                        // Streams and probes get no answer at all.
+                        if !read.starts_with(b"POST /raft ") {
+                            return;
+                        }
+                        // The entry's data are the last bytes of a post.
+                        let has_head = read.windows(4).any(|end| end == b"\r\n\r\n");
+                        if !has_head || !read.ends_with(b"-") {
+                            continue;
+                        }
+                        let _ = told.send(read.split());
+                        if !std::mem::take(&mut first) {
+                            return; // taken, and never answered
+                        }
+                        socket.write_all(b"HTTP/1.1 204 No Content\r\n\r\n").await.unwrap();
+                    }
+                });
+            }
+        });
+        let proposal = |key: &'static [u8]| Message {
+            entries: vec![crate::pb::raftpb::Entry { data: Some(key.into()), ..Default::default() }],
+            ..message(MessageType::MsgProp, 1, 2)
+        };
+        let mut arrived = Vec::new();
+        for key in [b"one-", b"two-", b"tri-", b"for-", b"fiv-", b"six-", b"sev-", b"ate-", b"nin-"] {
+            a.transport.send(vec![proposal(key)]);
+            arrived.push(posts.recv().await.unwrap());
+        }
+        // One more on top, so that whatever was sent again has been seen.
+        a.transport.send(vec![proposal(b"end-")]);
+        loop {
+            let post = posts.recv().await.unwrap();
+            if post.windows(4).any(|w| w == b"end-") {
+                break;
+            }
+            arrived.push(post);
+        }
+        for key in [b"one-", b"two-", b"tri-", b"for-", b"fiv-", b"six-", b"sev-", b"ate-", b"nin-"] {
+            let times = arrived.iter().filter(|post| post.windows(4).any(|w| w == key)).count();
+            assert_eq!(times, 1, "{}", String::from_utf8_lossy(key));
+        }
     });
 }
