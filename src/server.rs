@@ -153,6 +153,8 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
             strict_reconfig_check: config.strict_reconfig_check,
             election_timeout: Duration::from_millis(config.election_timeout_ms),
             heartbeat: Duration::from_millis(config.heartbeat_interval_ms),
+            slow_request: config.slow_unary_request(),
+            features: config.feature_gates.states().map(|(gate, open)| (gate.name, gate.stage.name(), open)).collect(),
         },
         view: view.clone(),
         storage: storage.clone(),
@@ -272,6 +274,7 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
             let (in_use, settings) = (storage.clone(), opened.settings);
             move |install| peers::install(install, &in_use, &stores, &settings)
         }),
+        slow_apply: config.warning_apply_duration.to_std(),
         on_members: Box::new({
             let (transport, server, own) = (transport.clone(), server.clone(), ids.member);
             move |members| {

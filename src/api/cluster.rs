@@ -77,7 +77,9 @@ impl Server {
             return Err(Error::LearnerNotReady);
         }
         self.check_strictly(|voters| voters.may_promote())?;
-        self.change_members(Change::Promote(id), runtime).await
+        let members = self.change_members(Change::Promote(id), runtime).await?;
+        self.metrics.promotions.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        Ok(members)
     }
 
     /// Has the leader promote a learner, wherever it is (C-22).

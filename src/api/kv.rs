@@ -1,6 +1,6 @@
 //! The KV service: Range, RangeStream, Put, DeleteRange, Txn, Compact.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status};
@@ -14,6 +14,7 @@ use crate::{
         PutRequest, PutResponse, RangeRequest, RangeResponse, RangeStreamResponse, TxnRequest, TxnResponse,
         kv_server::Kv, request_op,
     },
+    telemetry::requests::Kind,
 };
 
 /// The answer to a request of a known kind is of that kind.
@@ -43,16 +44,22 @@ impl Kv for Handle {
         let req = request.into_inner();
         validate::range(&req)?;
         self.server.metrics.ranges.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let began = Instant::now();
         let view = self.view_for(req.serializable).await?;
         let server = self.server.clone();
+        let reading = Instant::now();
         let is_long = is_long(&view, &req);
         let read = move || server.read(view, |view| range::range(&view.kv, &*server.storage, &req));
-        let (view, mut response) = if is_long {
+        let found = if is_long {
             // Beside the connections of this runtime, which would wait for it.
-            tokio::task::spawn_blocking(read).await.map_err(|e| Status::internal(e.to_string()))??
+            tokio::task::spawn_blocking(read).await.map_err(|e| Status::internal(e.to_string()))?
         } else {
-            read()?
+            read()
         };
+        let metrics = &self.server.metrics;
+        metrics.range_times[usize::from(found.is_ok())].record(reading.elapsed());
+        metrics.requests.record(Kind::Range, found.is_ok(), began.elapsed());
+        let (view, mut response) = found?;
         response.header = Some(self.server.header(view.kv.revision, view.applied_term));
         Ok(Response::new(response))
     }
@@ -112,9 +119,11 @@ impl Kv for Handle {
         validate::txn(&req, self.server.settings.max_txn_ops)?;
         if txn::is_read_only(&req) {
             // Local only if every range says so; one without ranges is served linearizably (KV-68).
+            let began = Instant::now();
             let view = self.view_for(only_serializable_ranges(&req)).await?;
-            let (view, mut response) =
-                self.server.read(view, |view| txn::txn_read_only(&view.kv, &*self.server.storage, &req))?;
+            let found = self.server.read(view, |view| txn::txn_read_only(&view.kv, &*self.server.storage, &req));
+            self.server.metrics.requests.record(Kind::ReadonlyTxn, found.is_ok(), began.elapsed());
+            let (view, mut response) = found?;
             let revision = response.header.as_ref().map_or(view.kv.revision, |h| h.revision);
             response.header = Some(self.server.header(revision, view.applied_term));
             return Ok(Response::new(response));

@@ -1,6 +1,10 @@
 //! The Maintenance service.
 
-use std::pin::Pin;
+use std::{
+    pin::Pin,
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    time::Instant,
+};
 
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio_stream::{Stream, wrappers::ReceiverStream};
@@ -24,12 +28,29 @@ use crate::{
         self,
         backup::{self, Part},
     },
+    telemetry::{Metrics, Numbers},
 };
 
 /// Backups at the same time; more wait. Each is a thread and a hold on old rows.
 static BACKUPS: Semaphore = Semaphore::const_new(32);
 /// Parts of a backup, 32 KiB each, that wait for their client.
 const PARTS_AHEAD: usize = 4;
+
+/// Counts something that is under way, until it is dropped.
+struct Running(Metrics, fn(&Numbers) -> &AtomicU64);
+
+impl Running {
+    fn start(metrics: Metrics, of: fn(&Numbers) -> &AtomicU64) -> Self {
+        of(&metrics).fetch_add(1, Relaxed);
+        Self(metrics, of)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        (self.1)(&self.0).fetch_sub(1, Relaxed);
+    }
+}
 
 /// The client of a backup.
 struct Parts(mpsc::Sender<Result<SnapshotResponse, Status>>);
@@ -134,10 +155,13 @@ impl Maintenance for Handle {
     }
 
     async fn defragment(&self, _: Request<DefragmentRequest>) -> Result<Response<DefragmentResponse>, Status> {
+        let (began, metrics) = (Instant::now(), &self.server.metrics);
+        let _running = Running::start(self.server.metrics.clone(), |m| &m.defragments_running);
         let (done, wait) = oneshot::channel();
         if !self.server.apply.control(apply::Control::Defragment(done)) || wait.await.is_err() {
             return Err(Error::Stopped.into());
         }
+        metrics.defragments.record(began.elapsed());
         // Space on disk follows in the background and blocks nobody.
         let storage = self.server.storage.clone();
         tokio::task::spawn_blocking(move || {
@@ -149,23 +173,25 @@ impl Maintenance for Handle {
     }
 
     async fn hash(&self, _: Request<HashRequest>) -> Result<Response<HashResponse>, Status> {
-        let server = self.server.clone();
+        let (server, began) = (self.server.clone(), Instant::now());
         let hash = tokio::task::spawn_blocking(move || hash::hash_all(&*server.storage))
             .await
             .map_err(|e| Status::internal(e.to_string()))?
             .map_err(Error::from)?;
+        self.server.metrics.hashes.record(began.elapsed());
         let header = Some(self.server.header_of(&self.server.view.load()));
         Ok(Response::new(HashResponse { header, hash }))
     }
 
     async fn hash_kv(&self, request: Request<HashKvRequest>) -> Result<Response<HashKvResponse>, Status> {
-        let revision = request.into_inner().revision;
+        let (revision, began) = (request.into_inner().revision, Instant::now());
         let server = self.server.clone();
         let scan = move || {
             let view = server.view.load_full();
             server.read(view, |view| hash::hash_kv(&view.kv, &*server.storage, revision))
         };
         let (view, found) = tokio::task::spawn_blocking(scan).await.map_err(|e| Status::internal(e.to_string()))??;
+        self.server.metrics.hashes_at_revision.record(began.elapsed());
         Ok(Response::new(HashKvResponse {
             header: Some(self.server.header_of(&view)),
             hash: found.hash,
@@ -184,9 +210,11 @@ impl Maintenance for Handle {
         // on the engine's old rows.
         let run = move || {
             let _slot = slot;
+            let _running = Running::start(server.metrics.clone(), |m| &m.backups_running);
+            let began = Instant::now();
             let mut to = Parts(sender);
             match backup::send(&*server.storage, &mut to) {
-                Ok(()) => {}
+                Ok(()) => server.metrics.backups.record(began.elapsed()),
                 Err(snapshot::Error::Gone) => tracing::info!("a backup was ended by its client"),
                 Err(e) => {
                     tracing::warn!("a backup failed: {e}");

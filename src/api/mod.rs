@@ -32,8 +32,11 @@ use crate::{
     peer::Links,
     raft::{self, Input, Proposal, RaftSender, ReadRequest},
     storage::StoreInUse,
-    telemetry::Metrics,
+    telemetry::{Metrics, requests::Kind},
 };
+
+/// A read round that takes longer counts as slow: it has been asked for more than once.
+const SLOW_READ: Duration = Duration::from_millis(500);
 
 /// Limits and names the handlers work by.
 #[derive(Clone, Debug)]
@@ -53,6 +56,10 @@ pub struct Settings {
     pub strict_reconfig_check: bool,
     pub election_timeout: Duration,
     pub heartbeat: Duration,
+    /// Requests that take longer are worth a line in the log.
+    pub slow_request: Duration,
+    /// Name, stage and state of each feature gate.
+    pub features: Vec<(&'static str, &'static str, bool)>,
 }
 
 /// What every handler may reach; one for the process.
@@ -185,7 +192,15 @@ impl Server {
                 other => unreachable!("raft answers a read with an index, not {other:?}"),
             }
         };
-        tokio::time::timeout_at(deadline.into(), read).await.map_err(|_| Error::Timeout)?
+        let began = Instant::now();
+        let view = tokio::time::timeout_at(deadline.into(), read).await.map_err(|_| Error::Timeout).flatten();
+        if view.is_err() {
+            self.metrics.reads_failed.fetch_add(1, Ordering::Relaxed);
+        }
+        if began.elapsed() > SLOW_READ {
+            self.metrics.reads_slow.fetch_add(1, Ordering::Relaxed);
+        }
+        view
     }
 
     /// The only voter, leading with an entry of its term applied, needs no round: nothing is acknowledged elsewhere.
@@ -253,13 +268,25 @@ impl Server {
         as_leader_of: Option<u64>,
         runtime: usize,
     ) -> Result<Response, Error> {
+        let (kind, began) = (Kind::of(&request), Instant::now());
+        let outcome = self.propose_encoded(&mut request, as_leader_of, runtime).await;
+        self.metrics.requests.record(kind, outcome.is_ok(), began.elapsed());
+        outcome
+    }
+
+    async fn propose_encoded(
+        &self,
+        request: &mut InternalRaftRequest,
+        as_leader_of: Option<u64>,
+        runtime: usize,
+    ) -> Result<Response, Error> {
         let id = self.next_id();
         request.header = Some(RequestHeader { id, ..Default::default() });
         let data = Bytes::from(request.encode_to_vec());
         if data.len() > self.settings.max_request_bytes {
             return Err(Error::RequestTooLarge);
         }
-        self.propose_entry(id, data, Box::new(request), false, as_leader_of, runtime).await
+        self.propose_entry(id, data, Box::new(std::mem::take(request)), false, as_leader_of, runtime).await
     }
 
     async fn propose_entry(

@@ -2,7 +2,7 @@
 //! texts, counters.
 
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use http::{HeaderMap, Request, Response};
 use tonic::{Code, Status, body::Body};
@@ -87,6 +87,7 @@ impl Routes {
             Ok(timeout) => timeout,
             Err(status) => return status.into_http(),
         };
+        let began = Instant::now();
         let counters = self.handle.server.metrics.rpcs.find(uri.path());
         if let Some(counters) = counters {
             counters.started.fetch_add(1, Ordering::Relaxed);
@@ -120,6 +121,10 @@ impl Routes {
                 Some(status) => counters.handled(status.code()),
                 None if counters.kind == "unary" => counters.handled(Code::Ok),
                 None => {}
+            }
+            let (took, expected) = (began.elapsed(), self.handle.server.settings.slow_request);
+            if counters.kind == "unary" && !expected.is_zero() && took > expected {
+                tracing::warn!(method = uri.path(), ?took, expected_duration = ?expected, "request stats");
             }
         }
         response

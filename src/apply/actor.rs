@@ -1,8 +1,11 @@
 //! The applier's shell: batches, publication, answers.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant, SystemTime},
 };
 
 use super::{Batch, Control, Core, Replies, ViewCell, Work, core::LeaseNotice};
@@ -28,6 +31,8 @@ pub struct Wiring {
     pub metrics: Metrics,
     /// Switches to the store of a snapshot and reads its state.
     pub install: Box<dyn FnMut(Install) -> anyhow::Result<Core> + Send>,
+    /// An entry that takes longer is worth a line in the log.
+    pub slow_apply: Duration,
     /// Told of the members whenever they have changed, before raft is.
     pub on_members: Box<dyn Fn(&Members) + Send>,
 }
@@ -40,6 +45,13 @@ pub struct ApplyActor {
     wiring: Wiring,
     answers: Batch,
     defragment_waiters: Vec<tokio::sync::oneshot::Sender<()>>,
+    cleaning_since: Option<Instant>,
+}
+
+/// For the time of the last compaction alone.
+#[allow(clippy::disallowed_methods)]
+fn unix_secs() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }
 
 /// Keys looked at in one slice of clean-up: about 0.3 ms.
@@ -48,11 +60,12 @@ const CLEAN_KEYS: usize = 200;
 impl ApplyActor {
     pub fn new(core: Core, wiring: Wiring) -> Self {
         let answers = wiring.replies.batch();
-        Self { core, wiring, answers, defragment_waiters: Vec::new() }
+        Self { core, wiring, answers, defragment_waiters: Vec::new(), cleaning_since: None }
     }
 
     /// Takes on the state of a leader's snapshot. Control comes before data, so nothing is in hand.
     fn install(&mut self, install: Install) {
+        self.wiring.metrics.installs_running.store(1, Ordering::Relaxed);
         let core = match (self.wiring.install)(install) {
             Ok(core) => core,
             // The record is in the log: only a restart can make it good.
@@ -72,10 +85,12 @@ impl ApplyActor {
         for hub in self.wiring.hubs.iter().filter(|h| h.is_active()) {
             hub.publish(published.clone());
         }
+        self.wiring.metrics.installs_running.store(0, Ordering::Relaxed);
         self.wiring.raft.control(raft::Control::Installed(install.index));
     }
 
     fn commit(&mut self) {
+        let began = Instant::now();
         let effects = match self.core.commit() {
             Ok(Some(effects)) => effects,
             Ok(None) => return,
@@ -83,6 +98,7 @@ impl ApplyActor {
             Err(e) => panic!("cannot write the store: {e}"),
         };
         let counts = &self.wiring.metrics;
+        counts.store_commit.record(began.elapsed());
         let (mut puts, mut put_bytes, mut deletes) = (0, 0, 0);
         for change in &effects.changes {
             if change.delete {
@@ -96,6 +112,9 @@ impl ApplyActor {
         counts.put_bytes.fetch_add(put_bytes, Ordering::Relaxed);
         counts.deletes.fetch_add(deletes, Ordering::Relaxed);
         for notice in &effects.lease_notices {
+            if let LeaseNotice::Granted { ttl, .. } = notice {
+                counts.lease_ttls.record(Duration::from_secs(ttl.unsigned_abs()));
+            }
             let counter = match notice {
                 LeaseNotice::Granted { .. } => &counts.leases_granted,
                 LeaseNotice::Gone { .. } => &counts.leases_gone,
@@ -140,9 +159,22 @@ impl Actor for ApplyActor {
     type Message = Work;
     type Control = Control;
 
-    fn on_message(&mut self, work: Work, _: &Turn) {
+    fn on_message(&mut self, work: Work, turn: &Turn) {
+        let mut began = turn.now;
         for entry in work.entries {
-            self.core.apply(entry);
+            let (index, bytes) = (entry.index, entry.data.len());
+            let applied = self.core.apply(entry);
+            let ended = Instant::now();
+            if let Some((kind, done)) = applied {
+                let took = ended.saturating_duration_since(began);
+                self.wiring.metrics.applies.record(kind, done, took);
+                if took > self.wiring.slow_apply && !self.wiring.slow_apply.is_zero() {
+                    self.wiring.metrics.slow_applies.fetch_add(1, Ordering::Relaxed);
+                    let expected = self.wiring.slow_apply;
+                    tracing::warn!(?took, expected_duration = ?expected, request = ?kind, index, bytes, "apply request took too long");
+                }
+            }
+            began = ended;
         }
     }
 
@@ -168,8 +200,17 @@ impl Actor for ApplyActor {
         self.commit();
         // One slice of clean-up per turn, after the entries are out, so that writes never wait for more than that.
         if self.core.is_cleaning() {
+            let began = *self.cleaning_since.get_or_insert_with(Instant::now);
+            let slice = Instant::now();
             self.core.clean_slice(CLEAN_KEYS);
             self.commit();
+            let metrics = &self.wiring.metrics;
+            metrics.compaction_pauses.record_ms(slice.elapsed());
+            if !self.core.is_cleaning() {
+                self.cleaning_since = None;
+                metrics.compactions.record_ms(began.elapsed());
+                metrics.compaction_last.store(unix_secs(), Ordering::Relaxed);
+            }
         }
         if !self.core.is_cleaning() {
             for waiter in self.defragment_waiters.drain(..) {

@@ -15,6 +15,7 @@ use crate::{
         raftpb,
     },
     storage::{Bucket, Storage, WriteBatch},
+    telemetry::requests::Kind,
 };
 
 /// Meta row: raft index of the newest entry whose effects are stored, 8 bytes big-endian.
@@ -110,7 +111,9 @@ impl Core {
     }
 
     /// Applies one committed entry.
-    pub fn apply(&mut self, entry: Committed) {
+    ///
+    /// Answers what kind of request it was and whether it was carried out, for who keeps count.
+    pub fn apply(&mut self, entry: Committed) -> Option<(Kind, bool)> {
         if entry.index <= self.applied_index {
             // Replayed after a restart. A membership change must still come into force in raft: its effect on raft's
             // configuration is in the start configuration, so it is answered without one.
@@ -121,7 +124,7 @@ impl Core {
                 // A snapshot has brought its effect without its result.
                 self.effects.answers.push((ticket.reply, Err(Error::Timeout)));
             }
-            return;
+            return None;
         }
         // Pair of the check in `raft::core`: it hands out no gaps, we accept none.
         assert_eq!(entry.index, self.applied_index + 1, "gap in the committed log");
@@ -130,25 +133,31 @@ impl Core {
 
         if entry.conf_change {
             self.apply_conf_change(entry);
-            return;
+            return None;
         }
         match entry.ticket {
             Some(ticket) => {
+                let kind = Kind::of(&ticket.request);
+                let mut done = true;
                 if let Some(outcome) = self.apply_request(*ticket.request, Some(ticket.reply), entry.index) {
                     let (reply, outcome) = outcome;
+                    done = outcome.is_ok();
                     self.effects.answers.push((reply.expect("a ticket has someone who waits"), outcome));
                 }
                 // The permit is freed here: the work is done.
                 drop(ticket.permit);
+                Some((kind, done))
             }
-            None if entry.data.is_empty() => {} // the first entry of a leader's term
+            None if entry.data.is_empty() => None, // the first entry of a leader's term
             None => {
                 let request = InternalRaftRequest::decode(entry.data.clone());
                 let request = match request.or_else(|_| v2_request::read(&entry.data)) {
                     Ok(request) => request,
                     Err(e) => panic!("log entry {} cannot be read: {e}", entry.index),
                 };
-                self.apply_request(request, None, entry.index);
+                let kind = Kind::of(&request);
+                let outcome = self.apply_request(request, None, entry.index);
+                Some((kind, outcome.is_none_or(|(_, outcome)| outcome.is_ok())))
             }
         }
     }

@@ -414,11 +414,9 @@ pub static TABLE: &[Group] = &[
             flag("metrics", Text(|c| &mut c.metrics), "basic",
                 "basic, or extensive for latency histograms of each method too"),
             flag("warning-apply-duration", Duration(|c| &mut c.warning_apply_duration), "100ms",
-                "applying one request longer than this is logged as a warning")
-                .waits("warnings about slow requests"),
+                "applying one request longer than this is logged as a warning"),
             flag("warning-unary-request-duration", Duration(|c| &mut c.warning_unary_request_duration), "300ms",
-                "answering one request later than this is logged as a warning; 0 means 300ms")
-                .waits("warnings about slow requests"),
+                "answering one request later than this is logged as a warning; 0 means 300ms"),
         ],
     },
     Group {

@@ -75,7 +75,12 @@ pub async fn checks(handle: &Handle, path: &str, query: &str) -> Answer {
     let mut lines = String::new();
     let mut failed = false;
     for check in chosen {
-        match run(handle, check).await {
+        let ran = run(handle, check).await;
+        let family = path.trim_start_matches('/').split('/').next().unwrap_or_default();
+        if let Some(counts) = handle.server.metrics.check(family, check) {
+            counts.ran(ran.is_ok());
+        }
+        match ran {
             Ok(()) => {
                 let _ = writeln!(lines, "[+]{check} ok");
             }

@@ -28,6 +28,7 @@ pub fn render(handle: &Handle) -> Answer {
     rpcs(&mut out, &handle.server.metrics);
     actors(&mut out, &handle.server.registry);
     process(&mut out);
+    scrapes(&mut out, &handle.server.metrics);
     if let Some(links) = handle.server.links() {
         links.render_metrics(&mut out.0);
     }
@@ -74,14 +75,19 @@ impl Text {
 
     fn histogram(&mut self, name: &str, help: &str, of: &Histogram) {
         self.head(name, "histogram", help);
+        self.times(name, &[], of);
+    }
+
+    /// The samples of one histogram of a family.
+    fn times(&mut self, name: &str, labels: &[(&str, &str)], of: &Histogram) {
         let (buckets, count, sum) = of.read();
         let bucket = format!("{name}_bucket");
         for (bound, n) in buckets {
-            self.sample(&bucket, &[("le", &bound.to_string())], n);
+            self.sample(&bucket, &[labels, &[("le", &bound.to_string())]].concat(), n);
         }
-        self.sample(&bucket, &[("le", "+Inf")], count);
-        self.sample(&format!("{name}_sum"), &[], sum);
-        self.sample(&format!("{name}_count"), &[], count);
+        self.sample(&bucket, &[labels, &[("le", "+Inf")]].concat(), count);
+        self.sample(&format!("{name}_sum"), labels, sum);
+        self.sample(&format!("{name}_count"), labels, count);
     }
 }
 
@@ -141,6 +147,61 @@ fn server(out: &mut Text, handle: &Handle) {
         out.sample("etcd_debugging_server_alarms", &[("server_id", &member), ("alarm_type", kind)], 1);
     }
     let m = &server.metrics;
+    const REQUESTS: &str = "etcd_server_request_duration_seconds";
+    out.head(REQUESTS, "histogram", "Time of requests inside the server, by kind.");
+    for (kind, success, times) in m.requests.iter() {
+        out.times(REQUESTS, &[("type", &kind), ("success", success)], times);
+    }
+    const APPLIES: &str = "etcd_server_apply_duration_seconds";
+    out.head(APPLIES, "histogram", "Time to apply a log entry, by kind.");
+    for (kind, success, times) in m.applies.iter() {
+        out.times(APPLIES, &[("version", "v3"), ("op", &kind), ("success", success)], times);
+    }
+    out.counter(
+        "etcd_server_slow_apply_total",
+        "Entries that took longer than --warning-apply-duration.",
+        &m.slow_applies,
+    );
+    const RANGES: &str = "etcd_server_range_duration_seconds";
+    out.head(RANGES, "histogram", "Time of ranges in the store.");
+    for (times, success) in m.range_times.iter().zip(["false", "true"]) {
+        out.times(RANGES, &[("success", success)], times);
+    }
+    out.counter("etcd_server_slow_read_indexes_total", "Read rounds that had to be asked for again.", &m.reads_slow);
+    out.counter("etcd_server_read_indexes_failed_total", "Linearizable reads that failed.", &m.reads_failed);
+    out.counter("etcd_server_learner_promote_successes", "Learners promoted by this leader.", &m.promotions);
+    out.gauge(
+        "etcd_server_snapshot_apply_in_progress_total",
+        "1 while a leader's snapshot is taken on.",
+        m.installs_running.load(Relaxed),
+    );
+    const FEATURES: &str = "etcd_server_feature_enabled";
+    out.head(FEATURES, "gauge", "1 for each feature gate that is open.");
+    for (name, stage, open) in &server.settings.features {
+        out.sample(FEATURES, &[("name", name), ("stage", stage)], u8::from(*open));
+    }
+    const CHECK: &str = "etcd_server_healthcheck";
+    out.head(CHECK, "gauge", "Newest result of each health check.");
+    for check in m.checks.iter().filter(|c| c.passed.load(Relaxed) + c.failed.load(Relaxed) > 0) {
+        out.sample(CHECK, &[("type", check.family), ("name", check.name)], check.newest.load(Relaxed));
+    }
+    const CHECKS: &str = "etcd_server_healthchecks_total";
+    out.head(CHECKS, "counter", "Runs of each health check.");
+    for check in &m.checks {
+        for (status, count) in [("success", &check.passed), ("error", &check.failed)] {
+            if count.load(Relaxed) > 0 {
+                let labels = [("type", check.family), ("name", check.name), ("status", status)];
+                out.sample(CHECKS, &labels, count.load(Relaxed));
+            }
+        }
+    }
+    const KNOWN: &str = "etcd_network_known_peers";
+    out.head(KNOWN, "gauge", "1 for each other member.");
+    for member in view.members.iter().filter(|member| member.id != server.settings.member_id) {
+        out.sample(KNOWN, &[("Local", &id), ("Remote", &format!("{:x}", member.id))], 1);
+    }
+    out.gauge("etcd_debugging_auth_revision", "Revision of users and roles.", 1);
+    out.histogram("etcd_debugging_lease_ttl_total", "Times to live of granted leases.", &m.lease_ttls);
     out.counter("etcd_debugging_server_lease_expired_total", "Leases revoked because they ran out.", &m.leases_expired);
     out.counter("etcd_debugging_lease_granted_total", "Leases granted.", &m.leases_granted);
     out.counter("etcd_debugging_lease_revoked_total", "Leases revoked, by request or expiry.", &m.leases_gone);
@@ -169,6 +230,24 @@ fn store(out: &mut Text, handle: &Handle) {
         "Logical size without what compaction has condemned.",
         view.kv.sizes.in_use,
     );
+    out.gauge("etcd_mvcc_db_open_read_transactions", "Backups that hold old rows.", m.backups_running.load(Relaxed));
+    out.histogram("etcd_mvcc_hash_duration_seconds", "Time of a hash of all buckets.", &m.hashes);
+    out.histogram("etcd_mvcc_hash_rev_duration_seconds", "Time of a hash at a revision.", &m.hashes_at_revision);
+    out.histogram(
+        "etcd_debugging_mvcc_db_compaction_pause_duration_milliseconds",
+        "Time of one slice of clean-up after a compaction.",
+        &m.compaction_pauses,
+    );
+    out.histogram(
+        "etcd_debugging_mvcc_db_compaction_total_duration_milliseconds",
+        "Time of a whole clean-up after a compaction.",
+        &m.compactions,
+    );
+    out.gauge(
+        "etcd_debugging_mvcc_db_compaction_last",
+        "When the last clean-up ended, in Unix seconds.",
+        m.compaction_last.load(Relaxed),
+    );
     out.gauge("actd_store_disk_bytes", "Bytes of the store on disk.", server.storage.disk_bytes());
     out.one(
         "counter",
@@ -190,6 +269,15 @@ fn disk(out: &mut Text, m: &Metrics) {
     out.histogram("etcd_disk_wal_fsync_duration_seconds", "Time of one sync of the log.", &m.wal_sync);
     out.histogram("etcd_disk_wal_write_duration_seconds", "Time of one write of the log.", &m.wal_write);
     out.gauge("etcd_disk_wal_write_bytes_total", "Bytes written to the log.", m.wal_bytes.load(Relaxed));
+    out.histogram("etcd_disk_backend_commit_duration_seconds", "Time of one batch of the store.", &m.store_commit);
+    out.histogram("etcd_disk_backend_snapshot_duration_seconds", "Time to write a backup out.", &m.backups);
+    out.histogram("etcd_disk_backend_defrag_duration_seconds", "Time of defragmentations.", &m.defragments);
+    out.gauge("etcd_disk_defrag_inflight", "1 while one runs.", m.defragments_running.load(Relaxed).min(1));
+    out.histogram(
+        "etcd_snap_db_save_total_duration_seconds",
+        "Time to take a leader's snapshot in.",
+        &m.snapshot_saves,
+    );
     out.histogram("actd_store_sync_duration_seconds", "Time of one background sync of the store.", &m.store_sync);
 }
 
@@ -280,6 +368,14 @@ fn actors(out: &mut Text, registry: &Registry) {
     }
 }
 
+/// This answer among its kind.
+fn scrapes(out: &mut Text, m: &Metrics) {
+    let before = m.scrapes.fetch_add(1, Relaxed);
+    const SCRAPES: &str = "promhttp_metric_handler_requests_total";
+    out.head(SCRAPES, "counter", "Scrapes by status.").sample(SCRAPES, &[("code", "200")], before);
+    out.gauge("promhttp_metric_handler_requests_in_flight", "Scrapes under way.", 1);
+}
+
 /// Ticks of /proc times per second: fixed on Linux.
 const CLOCK_TICKS: f64 = 100.0;
 
@@ -292,6 +388,23 @@ fn process(out: &mut Text) {
     let cpu = (field(11) + field(12)) / CLOCK_TICKS;
     out.one("counter", "process_cpu_seconds_total", "User and system time.", cpu);
     out.gauge("process_virtual_memory_bytes", "Virtual memory.", field(20));
+    let most = rustix::process::getrlimit(rustix::process::Resource::As).current;
+    out.gauge(
+        "process_virtual_memory_max_bytes",
+        "Most virtual memory; -1 without a limit.",
+        most.map_or(-1.0, |n| n as f64),
+    );
+    let booted = std::fs::read_to_string("/proc/stat")
+        .ok()
+        .and_then(|text| text.lines().find_map(|line| line.strip_prefix("btime ")?.parse::<f64>().ok()));
+    if let Some(booted) = booted {
+        out.gauge(
+            "process_start_time_seconds",
+            "When the process began, in Unix seconds.",
+            booted + field(19) / CLOCK_TICKS,
+        );
+    }
+    network(out);
     out.gauge("process_resident_memory_bytes", "Resident memory.", field(21) * 4096.0);
     let open = std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
     out.gauge("process_open_fds", "Open file descriptors.", open);
@@ -299,4 +412,18 @@ fn process(out: &mut Text) {
     out.gauge("process_max_fds", "Most file descriptors that may be open.", limit.current.unwrap_or(0));
     out.gauge("os_fd_used", "Open file descriptors.", open);
     out.gauge("os_fd_limit", "Most file descriptors that may be open.", limit.current.unwrap_or(0));
+}
+
+/// Bytes of all interfaces of the process's network namespace.
+fn network(out: &mut Text) {
+    let Ok(devices) = std::fs::read_to_string("/proc/self/net/dev") else { return };
+    let (mut received, mut sent) = (0.0, 0.0);
+    for (_, numbers) in devices.lines().filter_map(|line| line.split_once(':')) {
+        let number =
+            |n: usize| numbers.split_whitespace().nth(n).and_then(|text| text.parse::<f64>().ok()).unwrap_or(0.0);
+        received += number(0);
+        sent += number(8);
+    }
+    out.one("counter", "process_network_receive_bytes_total", "Bytes received over the network.", received);
+    out.one("counter", "process_network_transmit_bytes_total", "Bytes sent over the network.", sent);
 }

@@ -5,7 +5,7 @@ use std::{
     io::{self, Write},
     path::PathBuf,
     sync::{Arc, atomic::Ordering},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::Context;
@@ -116,12 +116,14 @@ impl Databases for Stores {
             };
             let index = expected.index;
             let is_news = index > server.view.load().applied_index;
+            let (metrics, began) = (server.metrics.clone(), Instant::now());
             let prepare = move || take_in(&path, database, is_news.then_some((&*dir, &expected)));
             runtime
                 .spawn_blocking(prepare)
                 .await
                 .map_err(|e| e.to_string())?
                 .map_err(|e| format!("failed to save KV snapshot ({e:#})"))?;
+            metrics.snapshot_saves.record(began.elapsed());
             let (taken, answer) = oneshot::channel();
             server.raft.control(raft::Control::Snapshot(Box::new(message), taken));
             match answer.await {

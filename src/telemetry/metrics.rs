@@ -10,6 +10,8 @@ use std::time::Duration;
 use prost::Message;
 use prost_types::FileDescriptorSet;
 
+use super::requests::Requests;
+
 /// A histogram with fixed bucket bounds in seconds.
 #[derive(Debug)]
 pub struct Histogram {
@@ -25,10 +27,19 @@ impl Histogram {
     }
 
     pub fn record(&self, value: Duration) {
-        let seconds = value.as_secs_f64();
-        let bucket = self.bounds.partition_point(|bound| *bound < seconds);
+        self.count(value.as_secs_f64(), value);
+    }
+
+    /// Where the bounds are in milliseconds.
+    pub fn record_ms(&self, value: Duration) {
+        // The sum is told in the unit of the bounds.
+        self.count(value.as_secs_f64() * 1e3, value * 1000);
+    }
+
+    fn count(&self, value: f64, sum: Duration) {
+        let bucket = self.bounds.partition_point(|bound| *bound < value);
         self.counts[bucket].fetch_add(1, Relaxed);
-        self.sum_nanos.fetch_add(value.as_nanos() as u64, Relaxed);
+        self.sum_nanos.fetch_add(sum.as_nanos() as u64, Relaxed);
     }
 
     /// (bound, values up to it) for each bound, then the count of all values, and their sum in seconds.
@@ -48,6 +59,30 @@ impl Histogram {
 /// 1 ms to 8.192 s, doubling: etcd's bounds for the log's syncs.
 const SYNC_BOUNDS: &[f64] =
     &[0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.024, 2.048, 4.096, 8.192];
+
+/// 0.1 ms to 52.4288 s, doubling: etcd's bounds for applying and for ranges.
+const APPLY_BOUNDS: &[f64] = &[
+    0.0001, 0.0002, 0.0004, 0.0008, 0.0016, 0.0032, 0.0064, 0.0128, 0.0256, 0.0512, 0.1024, 0.2048, 0.4096, 0.8192,
+    1.6384, 3.2768, 6.5536, 13.1072, 26.2144, 52.4288,
+];
+/// 10 ms to 163.84 s, doubling: hashes; two more for backups.
+const HASH_BOUNDS: &[f64] =
+    &[0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92, 163.84];
+const BACKUP_BOUNDS: &[f64] =
+    &[0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92, 163.84, 327.68, 655.36];
+const DEFRAG_BOUNDS: &[f64] = &[0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 51.2, 102.4, 204.8, 409.6];
+const SNAPSHOT_BOUNDS: &[f64] = &[0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 51.2];
+/// 1 s to 97 days, doubling.
+const TTL_BOUNDS: &[f64] = &[
+    1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0, 32768.0,
+    65536.0, 131072.0, 262144.0, 524288.0, 1048576.0, 2097152.0, 4194304.0, 8388608.0,
+];
+/// Milliseconds.
+const COMPACTION_BOUNDS: &[f64] = &[
+    100.0, 200.0, 400.0, 800.0, 1600.0, 3200.0, 6400.0, 12800.0, 25600.0, 51200.0, 102400.0, 204800.0, 409600.0,
+    819200.0,
+];
+const PAUSE_BOUNDS: &[f64] = &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0];
 
 /// RPC runtimes beyond this share the last hub's numbers.
 const HUBS_MAX: usize = 256;
@@ -157,6 +192,61 @@ pub struct Numbers {
     /// One for each watch hub.
     pub hubs: Vec<HubNumbers>,
     pub store_sync: Histogram,
+    pub store_commit: Histogram,
+    /// From a handler's start to its answer.
+    pub requests: Requests,
+    pub applies: Requests,
+    pub slow_applies: AtomicU64,
+    /// Ranges in the store: failed, done.
+    pub range_times: [Histogram; 2],
+    pub lease_ttls: Histogram,
+    pub compaction_pauses: Histogram,
+    pub compactions: Histogram,
+    /// Unix seconds of the newest end of a clean-up.
+    pub compaction_last: AtomicU64,
+    pub hashes: Histogram,
+    pub hashes_at_revision: Histogram,
+    pub defragments: Histogram,
+    pub defragments_running: AtomicU64,
+    pub backups: Histogram,
+    pub backups_running: AtomicU64,
+    pub installs_running: AtomicU64,
+    pub snapshot_saves: Histogram,
+    pub reads_slow: AtomicU64,
+    pub reads_failed: AtomicU64,
+    pub promotions: AtomicU64,
+    pub client_received_bytes: AtomicU64,
+    pub client_sent_bytes: AtomicU64,
+    /// Name of a check, runs that failed, runs that went well, and the newest result.
+    pub checks: [Check; 5],
+    pub scrapes: AtomicU64,
+}
+
+/// Runs of one health check.
+#[derive(Debug)]
+pub struct Check {
+    pub family: &'static str,
+    pub name: &'static str,
+    pub failed: AtomicU64,
+    pub passed: AtomicU64,
+    pub newest: AtomicU64,
+}
+
+impl Check {
+    const fn new(family: &'static str, name: &'static str) -> Self {
+        Self { family, name, failed: AtomicU64::new(0), passed: AtomicU64::new(0), newest: AtomicU64::new(0) }
+    }
+
+    pub fn ran(&self, passed: bool) {
+        if passed { &self.passed } else { &self.failed }.fetch_add(1, Relaxed);
+        self.newest.store(u64::from(passed), Relaxed);
+    }
+}
+
+impl Numbers {
+    pub fn check(&self, family: &str, name: &str) -> Option<&Check> {
+        self.checks.iter().find(|check| check.family == family && check.name == name)
+    }
 }
 
 impl Default for Metrics {
@@ -178,6 +268,36 @@ impl Default for Metrics {
             wal_bytes: 0.into(),
             wal_sync: Histogram::new(SYNC_BOUNDS),
             store_sync: Histogram::new(SYNC_BOUNDS),
+            store_commit: Histogram::new(SYNC_BOUNDS),
+            requests: Requests::new(SYNC_BOUNDS),
+            applies: Requests::new(APPLY_BOUNDS),
+            slow_applies: 0.into(),
+            range_times: [Histogram::new(APPLY_BOUNDS), Histogram::new(APPLY_BOUNDS)],
+            lease_ttls: Histogram::new(TTL_BOUNDS),
+            compaction_pauses: Histogram::new(PAUSE_BOUNDS),
+            compactions: Histogram::new(COMPACTION_BOUNDS),
+            compaction_last: 0.into(),
+            hashes: Histogram::new(HASH_BOUNDS),
+            hashes_at_revision: Histogram::new(HASH_BOUNDS),
+            defragments: Histogram::new(DEFRAG_BOUNDS),
+            defragments_running: 0.into(),
+            backups: Histogram::new(BACKUP_BOUNDS),
+            backups_running: 0.into(),
+            installs_running: 0.into(),
+            snapshot_saves: Histogram::new(SNAPSHOT_BOUNDS),
+            reads_slow: 0.into(),
+            reads_failed: 0.into(),
+            promotions: 0.into(),
+            client_received_bytes: 0.into(),
+            client_sent_bytes: 0.into(),
+            checks: [
+                Check::new("livez", "serializable_read"),
+                Check::new("readyz", "data_corruption"),
+                Check::new("readyz", "serializable_read"),
+                Check::new("readyz", "linearizable_read"),
+                Check::new("readyz", "non_learner"),
+            ],
+            scrapes: 0.into(),
         }))
     }
 }

@@ -2,5 +2,6 @@
 
 pub mod logs;
 mod metrics;
+pub mod requests;
 
-pub use metrics::{Histogram, HubNumbers, Metrics};
+pub use metrics::{Histogram, HubNumbers, Metrics, Numbers};

@@ -31,21 +31,41 @@ pub enum Control {
 /// Told of each write, for metrics.
 pub type OnWrite = Arc<dyn Fn(&Appended) + Send + Sync>;
 
+/// What is written and synced together.
+#[derive(Default)]
+struct Batch {
+    entries: Vec<raftpb::Entry>,
+    hard_state: Option<raftpb::HardState>,
+    sync: bool,
+    /// Newest Ready number.
+    number: Option<u64>,
+}
+
+impl Batch {
+    fn add(&mut self, append: Append) {
+        if let Some(first) = append.entries.first() {
+            // A new leader has replaced what an older one sent and nobody has written yet.
+            let kept = self.entries.partition_point(|entry| entry.index() < first.index());
+            self.entries.truncate(kept);
+        }
+        self.entries.extend(append.entries);
+        self.hard_state = append.hard_state.or(self.hard_state.take());
+        self.sync |= append.sync;
+        self.number = Some(append.number);
+    }
+}
+
 pub struct WalActor {
     wal: Wal,
     raft: RaftSender,
     keep_files: usize,
-    entries: Vec<raftpb::Entry>,
-    hard_state: Option<raftpb::HardState>,
-    sync: bool,
-    /// Newest Ready number of the batch in hand.
-    number: Option<u64>,
+    batch: Batch,
     on_write: OnWrite,
 }
 
 impl WalActor {
     pub fn new(wal: Wal, raft: RaftSender, keep_files: usize, on_write: OnWrite) -> Self {
-        Self { wal, raft, keep_files, entries: Vec::new(), hard_state: None, sync: false, number: None, on_write }
+        Self { wal, raft, keep_files, batch: Batch::default(), on_write }
     }
 
     fn failed(&self, what: &str, error: impl std::fmt::Display) -> ! {
@@ -55,14 +75,11 @@ impl WalActor {
     }
 
     fn write(&mut self) {
-        let Some(number) = self.number.take() else { return };
-        match self.wal.append(&self.entries, self.hard_state.as_ref(), self.sync) {
+        let Batch { entries, hard_state, sync, number: Some(number) } = std::mem::take(&mut self.batch) else { return };
+        match self.wal.append(&entries, hard_state.as_ref(), sync) {
             Ok(appended) => (self.on_write)(&appended),
             Err(e) => self.failed("cannot write the log", e),
         }
-        self.entries.clear();
-        self.hard_state = None;
-        self.sync = false;
         self.raft.control(raft::Control::Persisted(number));
     }
 }
@@ -72,19 +89,16 @@ impl Actor for WalActor {
     type Control = Control;
 
     fn on_message(&mut self, append: Append, _: &Turn) {
-        if let Some(snapshot) = append.snapshot {
+        if let Some(snapshot) = &append.snapshot {
             // Behind everything older, in a write of its own: the entries that follow go on from it.
             self.write();
             let hard_state = append.hard_state.as_ref().expect("a snapshot comes with the hard state that commits it");
-            match self.wal.install_snapshot(&snapshot, hard_state) {
+            match self.wal.install_snapshot(snapshot, hard_state) {
                 Ok(appended) => (self.on_write)(&appended),
                 Err(e) => self.failed("cannot write the log's snapshot record", e),
             }
         }
-        self.entries.extend(append.entries);
-        self.hard_state = append.hard_state.or(self.hard_state.take());
-        self.sync |= append.sync;
-        self.number = Some(append.number);
+        self.batch.add(append);
     }
 
     fn on_control(&mut self, message: Control, _: &Turn) -> Flow {
@@ -102,8 +116,10 @@ impl Actor for WalActor {
                 Flow::Continue
             }
             Control::Stop(done) => {
-                self.sync = true;
                 self.write();
+                if let Err(e) = self.wal.sync_all() {
+                    self.failed("cannot sync the log at the end", e);
+                }
                 let _ = done.send(());
                 Flow::Stop
             }
@@ -112,5 +128,29 @@ impl Actor for WalActor {
 
     fn on_turn_end(&mut self, _: &Turn) {
         self.write();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn append(number: u64, term: u64, indexes: std::ops::RangeInclusive<u64>) -> Append {
+        let entry = |index| raftpb::Entry { term: Some(term), index: Some(index), ..Default::default() };
+        Append { number, snapshot: None, entries: indexes.map(entry).collect(), hard_state: None, sync: true }
+    }
+
+    fn batch(appends: Vec<Append>) -> Vec<(u64, u64)> {
+        let mut batch = Batch::default();
+        appends.into_iter().for_each(|append| batch.add(append));
+        batch.entries.iter().map(|entry| (entry.index(), entry.term())).collect()
+    }
+
+    #[test]
+    fn tail_that_a_new_leader_replaced_before_it_was_written_is_left_out() {
+        // A member that stood still gets an old leader's entries and a new one's in one go.
+        let appends = vec![append(1, 2, 5..=8), append(2, 3, 7..=7), append(3, 3, 8..=9)];
+        assert_eq!(batch(appends), [(5, 2), (6, 2), (7, 3), (8, 3), (9, 3)]);
+        assert_eq!(batch(vec![append(1, 2, 5..=8), append(2, 3, 4..=5)]), [(4, 3), (5, 3)]);
     }
 }

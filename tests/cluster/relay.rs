@@ -32,8 +32,11 @@ const FINE: Link = Link { cut: false, delay: Duration::ZERO, reset: 0.0 };
 /// A request head is shorter.
 const HEAD_MAX: usize = 16 << 10;
 
+/// By who sends and who receives.
+type Links = HashMap<(u64, u64), watch::Sender<Link>>;
+
 #[derive(Clone, Default)]
-pub struct Network(Arc<Mutex<HashMap<(u64, u64), watch::Sender<Link>>>>);
+pub struct Network(Arc<Mutex<Links>>);
 
 impl Network {
     fn sender(&self, from: u64, to: u64) -> watch::Sender<Link> {
