@@ -5,6 +5,7 @@ mod common;
 mod history;
 mod load;
 mod members;
+mod membership;
 mod relay;
 
 use std::time::{Duration, Instant};

@@ -1,0 +1,256 @@
+//! The Cluster service, leadership moves and downgrades by statement: codes and texts as clients read them.
+
+use std::time::{Duration, Instant};
+
+use actd::pb::etcdserverpb::{
+    AlarmRequest, DowngradeRequest, HashKvRequest, LeaseGrantRequest, MemberAddRequest, MemberListRequest,
+    MemberPromoteRequest, MemberRemoveRequest, MemberUpdateRequest, MoveLeaderRequest, PutRequest, RangeRequest,
+    StatusRequest, TxnRequest, downgrade_request::DowngradeAction,
+};
+use tonic::{Code, Request, Status};
+
+use crate::{
+    common::Client,
+    members::{Cluster, PATIENCE},
+    run,
+};
+
+fn add(urls: &[&str], is_learner: bool) -> MemberAddRequest {
+    MemberAddRequest { peer_ur_ls: urls.iter().map(|url| (*url).to_owned()).collect(), is_learner }
+}
+
+#[track_caller]
+fn refused<T: std::fmt::Debug>(answer: Result<T, Status>, code: Code, text: &str) {
+    let status = answer.expect_err(text);
+    assert_eq!((status.code(), status.message()), (code, text));
+}
+
+const NOT_STARTED: &str = "etcdserver: re-configuration failed due to not enough started members";
+
+#[test]
+fn changes_are_checked_by_the_rules_of_one_member() {
+    run(|| async {
+        let cluster = Cluster::start(1, &[]).await;
+        let Client { cluster: mut members, mut maintenance, .. } = cluster.members[0].client();
+        let own = &cluster.members[0];
+        // C-7
+        for urls in [&[][..], &["x"], &["http://127.0.0.1"], &["http://127.0.0.1:1/path"], &["ftp://127.0.0.1:1"]] {
+            let text = "etcdserver: given member URLs are invalid";
+            refused(members.member_add(add(urls, false)).await, Code::InvalidArgument, text);
+        }
+        // C-8
+        let taken = add(&[&own.peer_url()], false);
+        refused(members.member_add(taken).await, Code::FailedPrecondition, "etcdserver: Peer URLs already exists");
+        // C-14, C-15, C-18, C-21
+        let not_found = "etcdserver: member not found";
+        refused(members.member_remove(MemberRemoveRequest { id: 7 }).await, Code::NotFound, not_found);
+        let only = MemberRemoveRequest { id: own.id };
+        refused(members.member_remove(only).await, Code::FailedPrecondition, NOT_STARTED);
+        let update = |id, url: &str| MemberUpdateRequest { id, peer_ur_ls: vec![url.to_owned()] };
+        refused(members.member_update(update(7, "http://127.0.0.1:1")).await, Code::NotFound, not_found);
+        refused(members.member_promote(MemberPromoteRequest { id: 7 }).await, Code::NotFound, not_found);
+        let voter = MemberPromoteRequest { id: own.id };
+        let text = "etcdserver: can only promote a learner member";
+        refused(members.member_promote(voter).await, Code::FailedPrecondition, text);
+        // C-4, C-5, C-6, C-11
+        let added = members.member_add(add(&["http://127.0.0.1:7001"], true)).await.expect("a learner").into_inner();
+        assert_eq!(added.header.as_ref().map(|h| h.revision), Some(0));
+        let learner = added.member.expect("the member");
+        assert!(learner.is_learner && learner.name.is_empty() && learner.client_ur_ls.is_empty());
+        assert_eq!(added.members.len(), 2);
+        let second = add(&["http://127.0.0.1:7002"], true);
+        let text = "etcdserver: too many learner members in cluster";
+        refused(members.member_add(second).await, Code::FailedPrecondition, text);
+        let text = "etcdserver: can only promote a learner member which is in sync with leader";
+        refused(members.member_promote(MemberPromoteRequest { id: learner.id }).await, Code::FailedPrecondition, text);
+        // C-18: only the URLs change.
+        let changed = members.member_update(update(learner.id, "http://127.0.0.1:7003")).await.expect("an update");
+        let now = changed.into_inner().members.into_iter().find(|m| m.id == learner.id).expect("it is there");
+        assert_eq!((now.peer_ur_ls, now.is_learner), (vec!["http://127.0.0.1:7003".to_owned()], true));
+        let text = "etcdserver: Peer URLs already exists";
+        refused(members.member_update(update(learner.id, &own.peer_url())).await, Code::FailedPrecondition, text);
+        // M-38
+        let bad = "etcdserver: bad leader transferee";
+        for target_id in [7, learner.id] {
+            let moved = maintenance.move_leader(MoveLeaderRequest { target_id }).await;
+            refused(moved, Code::FailedPrecondition, bad);
+        }
+        maintenance.move_leader(MoveLeaderRequest { target_id: own.id }).await.expect("it leads already");
+        // C-14: a learner goes without checks, and its id is gone for ever.
+        members.member_remove(MemberRemoveRequest { id: learner.id }).await.expect("a learner goes");
+        refused(members.member_remove(MemberRemoveRequest { id: learner.id }).await, Code::NotFound, not_found);
+        // The same URL again is another member (C-1); the second voter is free (C-9).
+        let again = members.member_add(add(&["http://127.0.0.1:7003"], false)).await.expect("a voter").into_inner();
+        assert_ne!(again.member.expect("the member").id, learner.id);
+    });
+}
+
+#[test]
+fn downgrades_follow_their_rules() {
+    // C-37 to C-43
+    run(|| async {
+        let mut cluster = Cluster::start(1, &[]).await;
+        let mut client = cluster.members[0].client().maintenance;
+        let ask = |action: i32, version: &str| DowngradeRequest { action, version: version.to_owned() };
+        let [validate, enable, cancel] =
+            [DowngradeAction::Validate, DowngradeAction::Enable, DowngradeAction::Cancel].map(i32::from);
+        refused(client.downgrade(ask(9, "3.6")).await, Code::Unknown, "etcdserver: unknown method");
+        let text = "etcdserver: wrong downgrade target version format";
+        for version in ["", "x", "3", "3.6.1.2"] {
+            refused(client.downgrade(ask(validate, version)).await, Code::InvalidArgument, text);
+        }
+        let text = "etcdserver: invalid downgrade target version";
+        for version in ["3.7.0", "3.5", "3.8", "2.6"] {
+            refused(client.downgrade(ask(enable, version)).await, Code::InvalidArgument, text);
+        }
+        let valid = client.downgrade(ask(validate, "3.6.9")).await.expect("one minor lower").into_inner();
+        assert_eq!(valid.version, "3.7");
+        client.downgrade(ask(cancel, "")).await.expect("also without a job");
+        client.downgrade(ask(enable, "3.6")).await.expect("one minor lower");
+        let text = "etcdserver: cluster has a downgrade job in progress";
+        // The cluster's version goes down at the monitor's next look, and then the target is wrong.
+        let again = client.downgrade(ask(enable, "3.6.0")).await.expect_err("a job is on");
+        assert!(
+            again.message() == text || again.message() == "etcdserver: invalid downgrade target version",
+            "{again}"
+        );
+        let info = client.status(StatusRequest {}).await.expect("a status").into_inner().downgrade_info;
+        let info = info.expect("it is told");
+        assert!(info.enabled);
+        assert_eq!(info.target_version, "3.6.0");
+        // It survives a restart, and is called off.
+        cluster.members[0].kill();
+        cluster.restart(0);
+        cluster.until_led().await;
+        let info = client.status(StatusRequest {}).await.expect("a status").into_inner().downgrade_info;
+        assert!(info.expect("it is told").enabled);
+        client.downgrade(ask(cancel, "")).await.expect("called off");
+        let info = client.status(StatusRequest {}).await.expect("a status").into_inner().downgrade_info;
+        assert!(!info.expect("it is told").enabled);
+    });
+}
+
+#[test]
+fn voters_are_added_and_removed_only_where_it_is_safe() {
+    // C-9, C-10, C-15
+    run(|| async {
+        let cluster = Cluster::start(2, &[]).await;
+        let mut members = cluster.members[0].client().cluster;
+        let early = members.member_add(add(&["http://127.0.0.1:7001"], false)).await;
+        refused(early, Code::Unavailable, "etcdserver: unhealthy cluster");
+        let deadline = Instant::now() + PATIENCE;
+        let third = loop {
+            match members.member_add(add(&["http://127.0.0.1:7001"], false)).await {
+                Ok(added) => break added.into_inner().member.expect("the member"),
+                Err(e) => assert!(Instant::now() < deadline, "{e}"),
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        };
+        // Three voters, one of which never started.
+        let fourth = members.member_add(add(&["http://127.0.0.1:7002"], false)).await;
+        refused(fourth, Code::FailedPrecondition, NOT_STARTED);
+        let started = MemberRemoveRequest { id: cluster.members[1].id };
+        refused(members.member_remove(started).await, Code::FailedPrecondition, NOT_STARTED);
+        members.member_remove(MemberRemoveRequest { id: third.id }).await.expect("it never started");
+    });
+}
+
+#[test]
+fn learners_answer_little_until_they_are_promoted() {
+    // C-20, C-22, C-25, C-26
+    run(|| async {
+        let mut cluster = Cluster::start(2, &[]).await;
+        let leader = cluster.until_led().await;
+        let mut voter = cluster.members[leader].client();
+        voter.kv.put(PutRequest { key: "k".into(), value: "v".into(), ..Default::default() }).await.expect("a put");
+        let new = cluster.add(leader, true).await;
+        let Client { mut kv, mut lease, cluster: mut members, mut maintenance, .. } = cluster.members[new].client();
+        let deadline = Instant::now() + PATIENCE;
+        let range = RangeRequest { key: "k".into(), serializable: true, ..Default::default() };
+        while kv.range(range.clone()).await.is_ok_and(|answer| answer.into_inner().kvs.is_empty())
+            || maintenance.status(StatusRequest {}).await.is_err()
+        {
+            assert!(Instant::now() < deadline, "the learner does not catch up");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        assert!(maintenance.status(StatusRequest {}).await.expect("a status").into_inner().is_learner);
+        let text = "etcdserver: rpc not supported for learner";
+        let linearizable = RangeRequest { serializable: false, ..range.clone() };
+        refused(kv.range(linearizable.clone()).await, Code::FailedPrecondition, text);
+        refused(kv.put(PutRequest { key: "k".into(), ..Default::default() }).await, Code::FailedPrecondition, text);
+        refused(kv.txn(TxnRequest::default()).await, Code::FailedPrecondition, text);
+        refused(lease.lease_grant(LeaseGrantRequest { ttl: 9, id: 0 }).await, Code::FailedPrecondition, text);
+        let list = MemberListRequest { linearizable: false };
+        refused(members.member_list(list).await, Code::FailedPrecondition, text);
+        refused(maintenance.hash_kv(HashKvRequest { revision: 0 }).await, Code::FailedPrecondition, text);
+        refused(maintenance.alarm(AlarmRequest::default()).await, Code::FailedPrecondition, text);
+        // Asked of a follower, which asks the leader.
+        let follower = 1 - leader;
+        cluster.promote(follower, new).await;
+        kv.range(linearizable).await.expect("at once");
+        assert!(!maintenance.status(StatusRequest {}).await.expect("a status").into_inner().is_learner);
+        cluster.until_equal().await;
+    });
+}
+
+#[test]
+fn members_without_quorum_say_so() {
+    // D-12, D-16, C-3, G-8
+    run(|| async {
+        let mut cluster = Cluster::start(3, &[]).await;
+        let leader = cluster.until_led().await;
+        for i in (0..3).filter(|i| *i != leader) {
+            cluster.members[i].kill();
+        }
+        let Client { mut kv, cluster: mut members, .. } = cluster.members[leader].client();
+        let deadline = Instant::now() + PATIENCE;
+        while cluster.members[leader].status().await.is_none_or(|status| status.leader != 0) {
+            assert!(Instant::now() < deadline, "it leads nobody and does not notice");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        let mut impatient = Request::new(RangeRequest { key: "k".into(), ..Default::default() });
+        impatient.metadata_mut().insert("hasleader", "true".parse().expect("a value"));
+        refused(kv.range(impatient).await, Code::Unavailable, "etcdserver: no leader");
+        let range = RangeRequest { key: "k".into(), ..Default::default() };
+        refused(kv.range(range.clone()).await, Code::Unavailable, "etcdserver: request timed out");
+        let put = PutRequest { key: "k".into(), ..Default::default() };
+        refused(kv.put(put).await, Code::DeadlineExceeded, "context deadline exceeded");
+        kv.range(RangeRequest { serializable: true, ..range }).await.expect("a serializable read");
+        let local = MemberListRequest { linearizable: false };
+        assert_eq!(members.member_list(local).await.expect("a local list").into_inner().members.len(), 3);
+        // With one more it goes on.
+        let other = (leader + 1) % 3;
+        cluster.restart(other);
+        let range = RangeRequest { key: "k".into(), ..Default::default() };
+        while kv.range(range.clone()).await.is_err() {
+            assert!(Instant::now() < deadline, "no service with two of three");
+        }
+    });
+}
+
+#[test]
+fn removed_members_stop_and_stay_out() {
+    // C-16, C-17
+    run(|| async {
+        let mut cluster = Cluster::start(3, &[]).await;
+        let leader = cluster.until_led().await;
+        let id = cluster.members[leader].id;
+        let asked = (leader + 1) % 3;
+        let deadline = Instant::now() + PATIENCE;
+        while let Err(e) = cluster.members[asked].client().cluster.member_remove(MemberRemoveRequest { id }).await {
+            assert!(e.message().contains("unhealthy") && Instant::now() < deadline, "{e}");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        cluster.members[leader].until_ended().await;
+        cluster.restart(leader);
+        // It refuses to start on its old data.
+        cluster.members[leader].until_ended().await;
+        cluster.members.remove(leader);
+        cluster.until_led().await;
+        let term = cluster.term().await;
+        let mut kv = cluster.members[0].client().kv;
+        kv.put(PutRequest { key: "k".into(), ..Default::default() }).await.expect("two of two");
+        cluster.until_equal().await;
+        assert_eq!(cluster.term().await, term);
+    });
+}
