@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use prost::Message;
 
-use super::{Alarms, Committed, ConfChanged, Error, Outcome, Reply, Response, View};
+use super::{Alarms, Committed, ConfChanged, Error, Outcome, Reply, Response, View, decode};
 use crate::{
     cluster::{Change as MemberChange, Members, v2_request},
     lease::{self, Leases},
@@ -150,7 +150,7 @@ impl Core {
             }
             None if entry.data.is_empty() => None, // the first entry of a leader's term
             None => {
-                let request = InternalRaftRequest::decode(entry.data.clone());
+                let request = decode::request(&entry.data);
                 let request = match request.or_else(|_| v2_request::read(&entry.data)) {
                     Ok(request) => request,
                     Err(e) => panic!("log entry {} cannot be read: {e}", entry.index),
@@ -171,7 +171,11 @@ impl Core {
     ) -> Option<(Option<Reply>, Outcome)> {
         let physical = request.compaction.as_ref().is_some_and(|c| c.physical);
         let outcome = self.execute(request, index);
-        if physical && let Some(reply) = reply {
+        let waits = matches!(outcome, Ok(_) | Err(Error::Compacted));
+        if physical
+            && waits
+            && let Some(reply) = reply
+        {
             // Also after COMPACTED: a clean-up may be under way (KV-78).
             self.compact_waiters.push(CompactWaiter { reply, outcome });
             return None;

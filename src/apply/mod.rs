@@ -14,6 +14,7 @@
 mod actor;
 mod alarms;
 mod core;
+mod decode;
 mod error;
 #[cfg(test)]
 mod tests;
