@@ -142,7 +142,7 @@ impl Cluster for Handle {
             false => self.server.view.load_full(),
         };
         // The one header without a revision (G-6).
-        let header = Some(self.server.header(0, view.applied_term));
+        let header = self.server.member_header();
         Ok(Response::new(MemberListResponse { header, members: view.members.list() }))
     }
 

@@ -60,7 +60,7 @@ impl Kv for Handle {
         metrics.range_times[usize::from(found.is_ok())].record(reading.elapsed());
         metrics.requests.record(Kind::Range, found.is_ok(), began.elapsed());
         let (view, mut response) = found?;
-        response.header = Some(self.server.header(view.kv.revision, view.applied_term));
+        response.header = Some(self.server.header_of(&view));
         Ok(Response::new(response))
     }
 
@@ -75,7 +75,7 @@ impl Kv for Handle {
         let state = StreamState {
             handle: self.clone(),
             cursor,
-            header: self.server.header(view.kv.revision, view.applied_term),
+            header: self.server.header_of(&view),
             keys: STREAM_KEYS_FIRST,
             failed: false,
         };
@@ -121,11 +121,18 @@ impl Kv for Handle {
             // Local only if every range says so; one without ranges is served linearizably (KV-68).
             let began = Instant::now();
             let view = self.view_for(only_serializable_ranges(&req)).await?;
-            let found = self.server.read(view, |view| txn::txn_read_only(&view.kv, &*self.server.storage, &req));
+            let server = self.server.clone();
+            let is_long = ranges(&req).any(|range| is_long(&view, range));
+            let read = move || server.read(view, |view| txn::txn_read_only(&view.kv, &*server.storage, &req));
+            let found = if is_long {
+                tokio::task::spawn_blocking(read).await.map_err(|e| Status::internal(e.to_string()))?
+            } else {
+                read()
+            };
             self.server.metrics.requests.record(Kind::ReadonlyTxn, found.is_ok(), began.elapsed());
             let (view, mut response) = found?;
             let revision = response.header.as_ref().map_or(view.kv.revision, |h| h.revision);
-            response.header = Some(self.server.header(revision, view.applied_term));
+            response.header = Some(self.server.header(revision, self.server.raft_status.read().term));
             return Ok(Response::new(response));
         }
         let request = InternalRaftRequest { txn: Some(req), ..Default::default() };
@@ -212,6 +219,14 @@ fn is_long(view: &View, req: &RangeRequest) -> bool {
     }
     let range = KeyRange::new(&req.key, &req.range_end);
     view.kv.index.count(range, view.kv.revision) > SHORT_READ_KEYS
+}
+
+/// The ranges of a transaction that has nothing else.
+fn ranges(req: &TxnRequest) -> impl Iterator<Item = &RangeRequest> {
+    req.success.iter().chain(&req.failure).filter_map(|op| match &op.request {
+        Some(request_op::Request::RequestRange(range)) => Some(range),
+        _ => None,
+    })
 }
 
 /// At least one range, and none that asks for more than local state.

@@ -150,7 +150,7 @@ impl Server {
     }
 
     pub fn header_of(&self, view: &View) -> ResponseHeader {
-        self.header(view.kv.revision, view.applied_term)
+        self.header(view.kv.revision, self.raft_status.read().term)
     }
 
     /// Completes the header of a replicated request's answer, which has only the revision.

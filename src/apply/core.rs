@@ -7,6 +7,7 @@ use prost::Message;
 
 use super::{Alarms, Committed, ConfChanged, Error, Outcome, Reply, Response, View, decode};
 use crate::{
+    actor::Permit,
     cluster::{Change as MemberChange, Members, v2_request},
     lease::{self, Leases},
     mvcc::{self, change::Change, store::Store},
@@ -58,6 +59,8 @@ pub enum LeaseNotice {
 struct CompactWaiter {
     reply: Reply,
     outcome: Outcome,
+    /// As many may wait as may propose.
+    _permit: Permit,
 }
 
 pub struct Core {
@@ -139,13 +142,13 @@ impl Core {
             Some(ticket) => {
                 let kind = Kind::of(&ticket.request);
                 let mut done = true;
-                if let Some(outcome) = self.apply_request(*ticket.request, Some(ticket.reply), entry.index) {
+                if let Some(outcome) =
+                    self.apply_request(*ticket.request, Some((ticket.reply, ticket.permit)), entry.index)
+                {
                     let (reply, outcome) = outcome;
                     done = outcome.is_ok();
                     self.effects.answers.push((reply.expect("a ticket has someone who waits"), outcome));
                 }
-                // The permit is freed here: the work is done.
-                drop(ticket.permit);
                 Some((kind, done))
             }
             None if entry.data.is_empty() => None, // the first entry of a leader's term
@@ -166,7 +169,7 @@ impl Core {
     fn apply_request(
         &mut self,
         request: InternalRaftRequest,
-        reply: Option<Reply>,
+        waiter: Option<(Reply, Permit)>,
         index: u64,
     ) -> Option<(Option<Reply>, Outcome)> {
         let physical = request.compaction.as_ref().is_some_and(|c| c.physical);
@@ -174,13 +177,14 @@ impl Core {
         let waits = matches!(outcome, Ok(_) | Err(Error::Compacted));
         if physical
             && waits
-            && let Some(reply) = reply
+            && let Some((reply, permit)) = waiter
         {
             // Also after COMPACTED: a clean-up may be under way (KV-78).
-            self.compact_waiters.push(CompactWaiter { reply, outcome });
+            self.compact_waiters.push(CompactWaiter { reply, outcome, _permit: permit });
             return None;
         }
-        Some((reply, outcome))
+        // The permit is freed here: the work is done.
+        Some((waiter.map(|(reply, _)| reply), outcome))
     }
 
     fn execute(&mut self, mut request: InternalRaftRequest, index: u64) -> Outcome {
