@@ -414,6 +414,9 @@ fn ticks(period: Duration) -> tokio::time::Interval {
 
 /// Tells the cluster this member's name and client URLs, then the cluster version: the first entries of every start.
 async fn publish(server: &Arc<api::Server>, config: &Config, runtime: usize) -> anyhow::Result<()> {
+    // A member that joins knows its cluster's version, and so what its members understand, once it knows itself.
+    let own = server.settings.member_id;
+    server.view.until(|view| view.members.get(own).is_some()).await;
     let urls: Vec<String> = config.advertise_client_urls.iter().map(ToString::to_string).collect();
     let member = server.settings.member_id;
     propose_until_applied(server, runtime, || bootstrap::publish_request(member, &config.name, &urls)).await?;
@@ -430,10 +433,12 @@ async fn propose_until_applied(
     request: impl Fn() -> InternalRaftRequest,
 ) -> anyhow::Result<()> {
     loop {
-        match server.propose(request(), runtime).await {
-            Ok(_) => return Ok(()),
-            Err(apply::Error::Stopped) => return Err(anyhow!("stopped before the member could join its cluster")),
-            Err(e) => tracing::warn!("cannot publish this member yet: {e}; trying again"),
+        // Saying it twice does no harm, and one that was forwarded while connections are made may be lost.
+        match tokio::time::timeout(PUBLISH_RETRY, server.propose(request(), runtime)).await {
+            Ok(Ok(_)) => return Ok(()),
+            Ok(Err(apply::Error::Stopped)) => return Err(anyhow!("stopped before the member could join its cluster")),
+            Ok(Err(e)) => tracing::warn!("cannot publish this member yet: {e}; trying again"),
+            Err(_) => tracing::info!("this member is not published yet; trying again"),
         }
     }
 }
@@ -462,6 +467,9 @@ async fn listen(config: &Config, runtimes: &Arc<Runtimes>) -> anyhow::Result<Vec
         })
         .collect())
 }
+
+/// How long a member waits for what it told its cluster before it tells it again.
+const PUBLISH_RETRY: Duration = Duration::from_secs(2);
 
 /// How long each phase of the stop may take.
 const STOP_WAIT: Duration = Duration::from_secs(5);

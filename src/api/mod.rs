@@ -26,6 +26,7 @@ pub use routes::Routes;
 use crate::{
     actor::{Gate, Registry, Sender},
     apply::{self, ApplySender, Error, Reply, Response, Ticket, View, ViewCell},
+    cluster::v2_request,
     lease::actor::{Ask as LeaseAsk, Control as LeaseControl},
     mvcc,
     pb::etcdserverpb::{InternalRaftRequest, RequestHeader, ResponseHeader},
@@ -282,7 +283,9 @@ impl Server {
     ) -> Result<Response, Error> {
         let id = self.next_id();
         request.header = Some(RequestHeader { id, ..Default::default() });
-        let data = Bytes::from(request.encode_to_vec());
+        let cluster = self.view.load().members.cluster_version();
+        let old = v2_request::write(request, cluster, id);
+        let data = Bytes::from(old.unwrap_or_else(|| request.encode_to_vec()));
         if data.len() > self.settings.max_request_bytes {
             return Err(Error::RequestTooLarge);
         }

@@ -1,10 +1,10 @@
 //! Requests as members below 3.6 write them into the log: only two of them concern members and version, and only those
-//! are understood.
+//! are understood. Members below 3.5 end at today's form of these two, so towards them they are written in the old one.
 
 use prost::Message;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
-use super::json;
+use super::{Version, ids, json};
 use crate::pb::{
     etcdserverpb::InternalRaftRequest,
     membershippb::{Attributes, ClusterMemberAttrSetRequest, ClusterVersionSetRequest},
@@ -20,11 +20,51 @@ struct Request {
     value: String,
 }
 
-#[derive(Deserialize)]
+/// As it is written: nearly all fields, also where they say nothing.
+#[derive(Clone, PartialEq, prost::Message)]
+struct Whole {
+    #[prost(uint64, required, tag = "1")]
+    id: u64,
+    #[prost(string, required, tag = "2")]
+    method: String,
+    #[prost(string, required, tag = "3")]
+    path: String,
+    #[prost(string, required, tag = "4")]
+    value: String,
+    #[prost(bool, required, tag = "5")]
+    dir: bool,
+    #[prost(string, required, tag = "6")]
+    prev_value: String,
+    #[prost(uint64, required, tag = "7")]
+    prev_index: u64,
+    #[prost(int64, required, tag = "9")]
+    expiration: i64,
+    #[prost(bool, required, tag = "10")]
+    wait: bool,
+    #[prost(uint64, required, tag = "11")]
+    since: u64,
+    #[prost(bool, required, tag = "12")]
+    recursive: bool,
+    #[prost(bool, required, tag = "13")]
+    sorted: bool,
+    #[prost(bool, required, tag = "14")]
+    quorum: bool,
+    #[prost(int64, required, tag = "15")]
+    time: i64,
+    #[prost(bool, required, tag = "16")]
+    stream: bool,
+}
+
+#[derive(Serialize, Deserialize)]
 struct AttributesJson {
     #[serde(default)]
     name: String,
-    #[serde(rename = "clientURLs", default, deserialize_with = "json::empty_if_null")]
+    #[serde(
+        rename = "clientURLs",
+        default,
+        deserialize_with = "json::empty_if_null",
+        skip_serializing_if = "Vec::is_empty"
+    )]
     client_urls: Vec<String>,
 }
 
@@ -36,6 +76,27 @@ pub enum Error {
     Foreign { method: String, path: String },
     #[error("the v2 request for {path} has a value that cannot be read: {reason}")]
     Value { path: String, reason: String },
+}
+
+/// The first version that understands today's form.
+const TODAY: Version = Version::new(3, 5, 0);
+
+/// The old form of `request`, if the cluster has, or would have, members that need it.
+pub fn write(request: &InternalRaftRequest, cluster: Option<Version>, id: u64) -> Option<Vec<u8>> {
+    let put = |path: String, value: String| {
+        let request = Whole { id, method: "PUT".to_owned(), path, value, ..Whole::default() };
+        request.encode_to_vec()
+    };
+    if let Some(set) = &request.cluster_version_set {
+        // What is set is the lowest member's version.
+        let version: Version = set.ver.parse().ok()?;
+        return (version < TODAY && version.minor > 0).then(|| put("/0/version".to_owned(), set.ver.clone()));
+    }
+    let set = request.cluster_member_attr_set.as_ref().filter(|_| cluster.is_some_and(|version| version < TODAY))?;
+    let attributes = set.member_attributes.clone().unwrap_or_default();
+    let json = json::to_vec(&AttributesJson { name: attributes.name, client_urls: attributes.client_urls });
+    let value = String::from_utf8(json).ok()?;
+    Some(put(format!("/0/members/{}/attributes", ids::hex(set.member_id)), value))
 }
 
 /// The request of today that means the same.
@@ -80,6 +141,27 @@ mod tests {
         assert_eq!(set.member_attributes.unwrap().client_urls, ["http://h:1"]);
         let version = read(&request("PUT", "/0/version", "3.5.0")).unwrap().cluster_version_set.unwrap();
         assert_eq!(version.ver, "3.5.0");
+    }
+
+    #[test]
+    fn members_that_need_the_old_form_get_it() {
+        let attributes = Attributes { name: "n".into(), client_urls: vec!["http://h:1".into()] };
+        let set = ClusterMemberAttrSetRequest { member_id: 0xa1, member_attributes: Some(attributes) };
+        let publish = InternalRaftRequest { cluster_member_attr_set: Some(set), ..Default::default() };
+        let (old, new) = (Some(Version::new(3, 4, 0)), Some(Version::new(3, 5, 0)));
+        assert_eq!(write(&publish, new, 7), None);
+        assert_eq!(write(&publish, None, 7), None);
+        let bytes = write(&publish, old, 7).unwrap();
+        assert_eq!(read(&bytes), Ok(publish));
+        // The first field is the id, by which the waiting caller is found; fields that say nothing are there, too.
+        assert_eq!(bytes[..2], [0x08, 7]);
+        assert!(bytes.ends_with(&[0x78, 0, 0x80, 1, 0]), "{bytes:02x?}");
+        let raise = |ver: &str| InternalRaftRequest {
+            cluster_version_set: Some(ClusterVersionSetRequest { ver: ver.into() }),
+            ..Default::default()
+        };
+        assert_eq!(read(&write(&raise("3.4.0"), None, 1).unwrap()), Ok(raise("3.4.0")));
+        assert_eq!(write(&raise("3.7.0"), old, 1), None, "nobody needs it any more");
     }
 
     #[test]

@@ -91,6 +91,7 @@ pub fn check(ops: &[Op], events: &[Event]) -> Result<(), String> {
         }
     }
     history.check_writers(ops)?;
+    history.check_deletions(ops)?;
     check_real_time(&places)
 }
 
@@ -152,6 +153,32 @@ impl<'a> History<'a> {
                 }
                 _ => {}
             }
+        }
+        Ok(())
+    }
+
+    /// Whether every deletion was asked for by somebody, each by another one.
+    fn check_deletions(&self, ops: &[Op]) -> Result<(), String> {
+        let mut known: HashMap<(&str, i64), usize> = HashMap::new();
+        let mut open: HashMap<&str, usize> = HashMap::new();
+        for op in ops {
+            let Call::Delete { key } = &op.call else { continue };
+            match &op.outcome {
+                Outcome::Done { revision, applied: true, .. } => *known.entry((key, *revision)).or_default() += 1,
+                Outcome::Unknown => *open.entry(key).or_default() += 1,
+                _ => {}
+            }
+        }
+        for event in self.events.iter().filter(|event| event.value.is_none()) {
+            let key = event.key.as_str();
+            let asked = match known.get_mut(&(key, event.revision)) {
+                Some(count) => count,
+                None => open.entry(key).or_default(),
+            };
+            if *asked == 0 {
+                return Err(format!("nobody asked for the deletion {event:?}"));
+            }
+            *asked -= 1;
         }
         Ok(())
     }
@@ -318,6 +345,11 @@ mod tests {
                 ab.clone(),
             ),
             ("deleted", vec![put("a", 0, 1, 2), delete(2, 3, 3, true), get(None, 4, 5, 3)], events(&[Some("a"), None])),
+            (
+                "deleted by somebody who never heard of it",
+                vec![put("a", 0, 1, 2), unknown(delete(0, 9, 0, true))],
+                events(&[Some("a"), None]),
+            ),
             ("nothing to delete", vec![delete(0, 1, 1, false)], vec![]),
         ];
         for (name, ops, events) in good {
@@ -362,6 +394,19 @@ mod tests {
                 "does not know of it",
             ),
             ("applied twice", vec![unknown(put("a", 0, 1, 0))], events(&[Some("a"), Some("a")]), "twice"),
+            ("deleted by nobody", vec![put("a", 0, 1, 2)], events(&[Some("a"), None]), "nobody asked"),
+            (
+                "deleted although refused",
+                vec![put("a", 0, 1, 2), refused(delete(2, 3, 0, true))],
+                events(&[Some("a"), None]),
+                "nobody asked",
+            ),
+            (
+                "deleted twice by one",
+                vec![put("a", 0, 1, 2), delete(2, 3, 3, true), put("b", 4, 5, 4)],
+                events(&[Some("a"), None, Some("b"), None]),
+                "nobody asked",
+            ),
             ("never written", vec![], events(&[Some("a")]), "nobody wrote"),
             ("refused and there", vec![refused(put("a", 0, 1, 0))], events(&[Some("a")]), "was refused"),
             (
