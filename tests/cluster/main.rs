@@ -6,6 +6,7 @@ mod history;
 mod load;
 mod members;
 mod membership;
+mod mixed;
 mod relay;
 
 use std::time::{Duration, Instant};

@@ -38,18 +38,21 @@ pub struct Member {
     child: Option<Child>,
     initial_cluster: String,
     state: &'static str,
+    program: PathBuf,
+    flags: Vec<String>,
 }
 
 pub struct Cluster {
     pub members: Vec<Member>,
     pub network: Network,
-    flags: Vec<String>,
-    program: PathBuf,
+    /// What new members are started with.
+    pub flags: Vec<String>,
+    pub program: PathBuf,
     named: usize,
 }
 
 impl Member {
-    fn new(name: String, network: &Network) -> Self {
+    fn new(name: String, network: &Network, program: PathBuf, flags: Vec<String>) -> Self {
         let relay = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
         relay.set_nonblocking(true).expect("a socket");
         let relay_port = relay.local_addr().expect("a bound socket").port();
@@ -57,8 +60,20 @@ impl Member {
         let (tell_id, id) = watch::channel(0);
         network.relay(relay, id, peer_port);
         let folder = tempfile::Builder::new().prefix("member-").tempdir().expect("a temporary folder");
-        let (initial_cluster, state) = (String::new(), "new");
-        Self { name, id: 0, tell_id, folder, client_port, peer_port, relay_port, child: None, initial_cluster, state }
+        Self {
+            name,
+            id: 0,
+            tell_id,
+            folder,
+            client_port,
+            peer_port,
+            relay_port,
+            child: None,
+            initial_cluster: String::new(),
+            state: "new",
+            program,
+            flags,
+        }
     }
 
     pub fn peer_url(&self) -> String {
@@ -87,11 +102,12 @@ impl Member {
         self.child.is_some()
     }
 
-    fn start(&mut self, program: &PathBuf, flags: &[String]) {
+    fn start(&mut self) {
         assert!(self.child.is_none(), "{} runs", self.name);
         let log = File::options().create(true).append(true).open(self.log_path()).expect("the log file opens");
         let client = self.endpoint();
-        let child = Command::new(program)
+        let child = Command::new(&self.program)
+            .env_remove("ETCD_BIN") // a server would take it for a flag of its own
             .args([
                 format!("--name={}", self.name),
                 format!("--data-dir={}", self.folder.path().join("data").display()),
@@ -102,12 +118,12 @@ impl Member {
                 format!("--initial-cluster={}", self.initial_cluster),
                 format!("--initial-cluster-state={}", self.state),
             ])
-            .args(flags)
+            .args(&self.flags)
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("a second handle"))
             .stderr(log)
             .spawn()
-            .unwrap_or_else(|e| panic!("{} does not start: {e}", program.display()));
+            .unwrap_or_else(|e| panic!("{} does not start: {e}", self.program.display()));
         self.child = Some(child);
     }
 
@@ -178,7 +194,11 @@ impl Drop for Member {
 impl Cluster {
     /// A new cluster of `n` members that all answer.
     pub async fn start(n: usize, flags: &[&str]) -> Self {
-        let program = common::server_under_test(env!("CARGO_BIN_EXE_actd"));
+        Self::start_of(common::server_under_test(env!("CARGO_BIN_EXE_actd")), n, flags).await
+    }
+
+    /// As `start`, of another program.
+    pub async fn start_of(program: PathBuf, n: usize, flags: &[&str]) -> Self {
         let flags = flags.iter().map(|flag| (*flag).to_owned()).collect();
         let mut cluster = Self { members: Vec::new(), network: Network::default(), flags, program, named: 0 };
         for _ in 0..n {
@@ -192,7 +212,7 @@ impl Cluster {
             member.id = founding.member_id(&member.name).expect("it is listed");
             member.tell_id.send_replace(member.id);
             member.initial_cluster = urls.join(",");
-            member.start(&cluster.program, &cluster.flags);
+            member.start();
         }
         cluster.until_led().await;
         cluster
@@ -200,12 +220,13 @@ impl Cluster {
 
     fn push(&mut self) -> usize {
         self.named += 1;
-        self.members.push(Member::new(format!("m{}", self.named), &self.network));
+        let name = format!("m{}", self.named);
+        self.members.push(Member::new(name, &self.network, self.program.clone(), self.flags.clone()));
         self.members.len() - 1
     }
 
     pub fn restart(&mut self, i: usize) {
-        self.members[i].start(&self.program, &self.flags);
+        self.members[i].start();
     }
 
     /// The member all that answer take for the leader. Waits until there is one.
@@ -261,7 +282,7 @@ impl Cluster {
         member.tell_id.send_replace(member.id);
         member.initial_cluster = urls.join(",");
         member.state = "existing";
-        member.start(&self.program, &self.flags);
+        member.start();
         new
     }
 
@@ -309,7 +330,8 @@ impl Cluster {
                 let asked = tokio::time::timeout(Duration::from_secs(5), client.hash_kv(HashKvRequest { revision: 0 }));
                 if let Ok(Ok(answer)) = asked.await {
                     let answer = answer.into_inner();
-                    hashes.push((answer.hash_revision, answer.compact_revision, answer.hash));
+                    let revision = answer.header.map_or(0, |header| header.revision);
+                    hashes.push((revision, answer.compact_revision, answer.hash));
                 }
             }
             if hashes.len() == self.members.len() && hashes.windows(2).all(|pair| pair[0] == pair[1]) {

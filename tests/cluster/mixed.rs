@@ -1,0 +1,94 @@
+//! One member of ours beside two of etcd: it joins, leads, sends them its state, and hands leadership back.
+
+use std::time::{Duration, Instant};
+
+use actd::pb::etcdserverpb::{LeaseGrantRequest, LeaseKeepAliveRequest, MoveLeaderRequest, PutRequest, RangeRequest};
+
+use crate::{
+    SHORT_LOG, common,
+    members::{Cluster, PATIENCE},
+    run,
+};
+
+async fn put(cluster: &Cluster, at: usize, key: &str, value: &str) {
+    let mut kv = cluster.members[at].client().kv;
+    let request = PutRequest { key: key.to_owned().into(), value: value.to_owned().into(), ..Default::default() };
+    let deadline = Instant::now() + PATIENCE;
+    while let Err(e) = kv.put(request.clone()).await {
+        assert!(Instant::now() < deadline, "{key} cannot be put at {at}: {e}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+async fn everybody_serves(cluster: &Cluster, value: &str) {
+    for at in 0..3 {
+        let key = format!("by-{at}");
+        put(cluster, at, &key, value).await;
+        for reader in 0..3 {
+            let mut kv = cluster.members[reader].client().kv;
+            let range = RangeRequest { key: key.clone().into(), ..Default::default() };
+            let found = kv.range(range).await.expect("a linearizable read").into_inner().kvs;
+            let row: actd::mvcc::record::KeyValue = prost::Message::decode(found[0].0.clone()).expect("a row");
+            assert_eq!(row.value, value, "put at {at}, read at {reader}");
+        }
+    }
+    let mut lease = cluster.members[0].client().lease;
+    let id = lease.lease_grant(LeaseGrantRequest { ttl: 60, id: 0 }).await.expect("a lease").into_inner().id;
+    for at in 0..3 {
+        let mut lease = cluster.members[at].client().lease;
+        let (sender, requests) = tokio::sync::mpsc::channel(1);
+        sender.send(LeaseKeepAliveRequest { id }).await.expect("room");
+        let requests = tokio_stream::wrappers::ReceiverStream::new(requests);
+        let mut answers = lease.lease_keep_alive(requests).await.expect("a stream").into_inner();
+        assert_eq!(answers.message().await.expect("an answer").map(|answer| answer.ttl), Some(60), "renewed at {at}");
+    }
+    cluster.until_equal().await;
+}
+
+async fn lead(cluster: &Cluster, to: usize) {
+    let leader = cluster.until_led().await;
+    let target_id = cluster.members[to].id;
+    cluster.members[leader].client().maintenance.move_leader(MoveLeaderRequest { target_id }).await.expect("it moves");
+    assert_eq!(cluster.until_led().await, to);
+}
+
+#[test]
+fn actd_is_a_member_among_etcds() {
+    let Some(etcd) = common::require_tool("etcd") else { return };
+    run(|| async {
+        let mut cluster = Cluster::start_of(etcd, 2, &["--snapshot-count=50"]).await;
+        for i in 0..100 {
+            put(&cluster, i % 2, &format!("early-{i}"), "x").await;
+        }
+        cluster.program = common::server_under_test(env!("CARGO_BIN_EXE_actd"));
+        cluster.flags = SHORT_LOG.map(str::to_owned).to_vec();
+        let ours = cluster.add(0, false).await;
+        cluster.until_equal().await;
+        everybody_serves(&cluster, "followed").await;
+        lead(&cluster, ours).await;
+        everybody_serves(&cluster, "led").await;
+        // One of them falls behind and gets our state as a database file.
+        cluster.members[1].kill();
+        // Long enough for our log to be cut, which hangs on the background syncs of the store.
+        let (began, mut i) = (Instant::now(), 0);
+        while i < 300 || began.elapsed() < Duration::from_secs(3) {
+            put(&cluster, ours, &format!("late-{i}"), "y").await;
+            i += 1;
+        }
+        cluster.restart(1);
+        cluster.until_equal().await;
+        let metrics = common::http_get(cluster.members[ours].client_port, "/metrics").expect("metrics");
+        let sent = metrics.lines().filter(|line| line.starts_with("etcd_network_snapshot_send_success{"));
+        let sent: u64 = sent.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum();
+        assert!(sent > 0, "it came back by the log alone");
+        lead(&cluster, 0).await;
+        everybody_serves(&cluster, "followed again").await;
+        // They start again on what our leader wrote into their logs.
+        for at in [0, 1] {
+            cluster.members[at].kill();
+            cluster.restart(at);
+            cluster.until_led().await;
+        }
+        everybody_serves(&cluster, "restarted").await;
+    });
+}
