@@ -1,6 +1,7 @@
 //! One member: opens its data, starts its actors in the order of the data flow, serves, and stops in phases.
 
 mod compactor;
+mod corruption;
 mod data;
 mod join;
 mod lessor;
@@ -21,7 +22,7 @@ use crate::{
     api,
     apply::{self, ApplyActor, Replies, ViewCell},
     cluster::{Refusal, bootstrap},
-    config::Config,
+    config::{Config, GoDuration},
     http::{
         listener,
         runtime::{self, Limits, Runtimes, Serves},
@@ -91,6 +92,7 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
     let began = Instant::now();
     let opened = data::open(config).await?;
     let ids = opened.ids;
+    let restarted = opened.core.applied_index() > 0;
     let storage = opened.storage;
     let request_timeout = Duration::from_secs(5) + 2 * Duration::from_millis(config.election_timeout_ms);
     let min_lease_ttl = lease::min_ttl(config.election_ticks(), config.heartbeat_interval_ms);
@@ -361,6 +363,13 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
 
     publish(&server, config, own_runtime).await?;
     tasks.push(tokio::spawn(versions::watch(server.clone(), own_runtime)));
+    if restarted && config.feature_gates.enabled("InitialCorruptCheck") {
+        corruption::check_at_start(&server).await?;
+    }
+    if config.corrupt_check_time > GoDuration::ZERO {
+        let every = config.corrupt_check_time.to_std();
+        tasks.push(tokio::spawn(corruption::watch(server.clone(), every, own_runtime)));
+    }
 
     // Clients come in only now (G-14).
     let limits = Limits { max_concurrent_streams: config.max_concurrent_streams, pings: config.server_pings() };

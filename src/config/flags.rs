@@ -459,7 +459,7 @@ pub static TABLE: &[Group] = &[
         about: "Checks, pacing and limits of single features.",
         flags: &[
             flag("corrupt-check-time", Duration(|c| &mut c.corrupt_check_time), "0s",
-                "how often members compare their data; 0 never").waits(CORRUPTION),
+                "how often members compare their data; 0 never"),
             flag("compact-hash-check-time", Duration(|c| &mut c.compact_hash_check_time), "1m0s",
                 "how often the leader compares hashes of compactions, with gate CompactHashCheck").waits(CORRUPTION),
             flag("compaction-batch-limit", Int(|c| &mut c.compaction_batch_limit), "0",

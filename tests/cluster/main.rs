@@ -2,6 +2,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod corruption;
 mod history;
 mod load;
 mod members;

@@ -127,6 +127,15 @@ impl Member {
         self.child = Some(child);
     }
 
+    pub fn data_dir(&self) -> PathBuf {
+        self.folder.path().join("data")
+    }
+
+    /// Starts without this flag from now on.
+    pub fn drop_flag(&mut self, flag: &str) {
+        self.flags.retain(|given| given != flag);
+    }
+
     fn log_path(&self) -> PathBuf {
         self.folder.path().join("log")
     }
