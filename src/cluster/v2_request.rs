@@ -92,7 +92,10 @@ pub fn write(request: &InternalRaftRequest, cluster: Option<Version>, id: u64) -
         let version: Version = set.ver.parse().ok()?;
         return (version < TODAY && version.minor > 0).then(|| put("/0/version".to_owned(), set.ver.clone()));
     }
-    let set = request.cluster_member_attr_set.as_ref().filter(|_| cluster.is_some_and(|version| version < TODAY))?;
+    let set = request.cluster_member_attr_set.as_ref().filter(|_| {
+        // 3.0 only says that somebody has not answered; members of 3.7 end at the old form.
+        cluster.is_some_and(|version| version < TODAY && version.minor > 0)
+    })?;
     let attributes = set.member_attributes.clone().unwrap_or_default();
     let json = json::to_vec(&AttributesJson { name: attributes.name, client_urls: attributes.client_urls });
     let value = String::from_utf8(json).ok()?;
@@ -151,6 +154,7 @@ mod tests {
         let (old, new) = (Some(Version::new(3, 4, 0)), Some(Version::new(3, 5, 0)));
         assert_eq!(write(&publish, new, 7), None);
         assert_eq!(write(&publish, None, 7), None);
+        assert_eq!(write(&publish, Some(Version::new(3, 0, 0)), 7), None, "not decided");
         let bytes = write(&publish, old, 7).unwrap();
         assert_eq!(read(&bytes), Ok(publish));
         // The first field is the id, by which the waiting caller is found; fields that say nothing are there, too.
