@@ -12,6 +12,7 @@ pub mod pb;
 pub mod peer;
 pub mod raft;
 pub mod server;
+pub mod sim;
 pub mod snapshot;
 pub mod storage;
 pub mod telemetry;

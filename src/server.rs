@@ -8,6 +8,8 @@ mod lessor;
 mod peers;
 mod versions;
 
+pub use data::{Unfit, fit};
+
 use std::sync::{
     Arc,
     atomic::{AtomicU64, Ordering},
@@ -253,7 +255,8 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
             sync_metrics.wal_sync.record(spent);
         }
     });
-    shell::spawn(&arbiter, wal_rx, vital, move || WalActor::new(log, raft_again, keep, on_write));
+    let writer = wal::Writer::new(log, keep, on_write);
+    shell::spawn(&arbiter, wal_rx, vital, move || WalActor::new(writer, raft_again));
 
     // apply
     let notices = lease_tx.clone();

@@ -15,6 +15,7 @@ use crate::{
         etcdserverpb::{self as pb, InternalRaftRequest, alarm_request::AlarmAction},
         raftpb,
     },
+    sim::{self, Bug},
     storage::{Bucket, Storage, WriteBatch},
     telemetry::requests::Kind,
 };
@@ -159,6 +160,7 @@ impl Core {
                     Err(e) => panic!("log entry {} cannot be read: {e}", entry.index),
                 };
                 let kind = Kind::of(&request);
+                let request = if sim::has(Bug::UncheckedTxn) { without_ranges(request) } else { request };
                 let outcome = self.apply_request(request, None, entry.index);
                 Some((kind, outcome.is_none_or(|(_, outcome)| outcome.is_ok())))
             }
@@ -294,7 +296,10 @@ impl Core {
 
     fn lease_revoke(&mut self, id: i64) -> Outcome {
         self.check_writable(false)?;
-        let keys = self.leases.revoke(id, &mut self.batch).map_err(|_| Error::LeaseNotFound)?;
+        let mut keys = self.leases.revoke(id, &mut self.batch).map_err(|_| Error::LeaseNotFound)?;
+        if sim::has(Bug::RevokeOrder) && self.settings.member_id % 2 == 0 {
+            keys.reverse();
+        }
         self.store.delete_keys(&keys, &mut self.leases);
         self.effects.lease_notices.push(LeaseNotice::Gone { id });
         Ok(Response::LeaseRevoke(pb::LeaseRevokeResponse { header: self.header() }))
@@ -353,7 +358,12 @@ impl Core {
         if !moved && batch.is_empty() && self.effects.conf_changed.is_none() {
             return Ok(None);
         }
-        if moved {
+        if sim::has(Bug::AppliedIndexBeforeData) && moved {
+            let mut meta = WriteBatch::default();
+            meta.put(Bucket::Meta, APPLIED_INDEX_KEY, Bytes::copy_from_slice(&self.applied_index.to_be_bytes()));
+            self.storage.commit(meta)?;
+        }
+        if moved && !(sim::has(Bug::DataWithoutAppliedIndex) && self.store.is_cleaning()) {
             batch.put(Bucket::Meta, APPLIED_INDEX_KEY, Bytes::copy_from_slice(&self.applied_index.to_be_bytes()));
             batch.put(Bucket::Meta, APPLIED_TERM_KEY, Bytes::copy_from_slice(&self.applied_term.to_be_bytes()));
         }
@@ -399,6 +409,17 @@ impl mvcc::store::Leases for Leases {
     fn detach(&mut self, key: &[u8]) {
         self.detach(key);
     }
+}
+
+/// What [`Bug::UncheckedTxn`] leaves of a transaction.
+fn without_ranges(mut request: InternalRaftRequest) -> InternalRaftRequest {
+    use pb::request_op::Request::RequestRange;
+    if let Some(txn) = &mut request.txn {
+        for ops in [&mut txn.success, &mut txn.failure] {
+            ops.retain(|op| !matches!(op.request, Some(RequestRange(_))));
+        }
+    }
+    request
 }
 
 /// A number in a meta row; 0 if there is none.

@@ -44,7 +44,7 @@ impl ViewCell {
         self.current.load_full()
     }
 
-    pub(super) fn publish(&self, view: Arc<View>) {
+    pub fn publish(&self, view: Arc<View>) {
         self.current.store(view);
         if self.told.waiting.load(std::sync::atomic::Ordering::SeqCst) > 0 {
             self.told.notify.notify_waiters();

@@ -10,6 +10,7 @@
 use std::sync::Arc;
 
 use super::Revision;
+use crate::sim::{self, Bug};
 
 /// Rows in the newest chunk before it is frozen: what a put copies at most when a view shares the history.
 const TAIL_ROWS: usize = 16;
@@ -208,7 +209,7 @@ impl History {
 /// `at` stays, also if the same revision put the key again: a watch from `at` still sees it, and the lifetimes that
 /// the hash rule looks at do not depend on how far the clean-up is.
 fn stays(row: &Row, newest: bool, at: i64) -> bool {
-    if row.tombstone { row.revision.main == at } else { newest }
+    if row.tombstone { row.revision.main == at && !sim::has(Bug::CompactionTakesDelete) } else { newest }
 }
 
 /// The frozen `tail` together with the chunks before it that are not larger than what has been gathered.

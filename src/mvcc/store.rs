@@ -19,6 +19,7 @@ use super::{
 };
 use crate::{
     pb::etcdserverpb::{DeleteRangeRequest, DeleteRangeResponse, PutRequest, PutResponse},
+    sim::{self, Bug},
     storage::{Bucket, Storage, WriteBatch},
 };
 
@@ -131,14 +132,19 @@ impl Store {
                 leases.attach(*lease, key);
             }
         }
-        let revision = rebuild.newest.max(compact_revision).max(1);
+        let known = if sim::has(Bug::RevisionGoesDown) { 1 } else { compact_revision };
+        let revision = rebuild.newest.max(known).max(1);
+        let beyond = i64::from(sim::has(Bug::ResumedCompaction));
+        if scheduled > finished {
+            sim::mark("compaction goes on after a restart");
+        }
         Ok(Self {
             storage,
             index: rebuild.index,
             revision,
             compact_revision,
             sizes: rebuild.sizes,
-            cleaning: (scheduled > finished).then(|| Cleaning { at: compact_revision, cursor: Bytes::new() }),
+            cleaning: (scheduled > finished).then(|| Cleaning { at: compact_revision + beyond, cursor: Bytes::new() }),
             batch: WriteBatch::default(),
             changes: Vec::new(),
             pending: Pending::default(),

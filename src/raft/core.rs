@@ -1,6 +1,6 @@
 //! The raft core: proposals, reads, messages, ticks and durable answers in; log writes, committed entries and messages out.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -18,6 +18,7 @@ use super::{
 use crate::{
     apply::{ConfChanged, Error, Response, Ticket},
     pb::{raftpb, walpb},
+    sim::{self, Bug},
 };
 
 /// How a member starts.
@@ -84,7 +85,7 @@ pub struct Core {
     /// Taken from the inbox, not yet in the log: no leader is known.
     queued: VecDeque<Proposal>,
     /// Given to the leader, not yet applied; by request id.
-    pending: HashMap<u64, Ticket>,
+    pending: BTreeMap<u64, Ticket>,
     /// Proposals of others that came while leadership is being handed over, and when.
     held_proposals: VecDeque<(u64, rs::Message)>,
     reads: Reads,
@@ -155,7 +156,7 @@ impl Core {
         Ok(Self {
             node,
             queued: VecDeque::new(),
-            pending: HashMap::new(),
+            pending: BTreeMap::new(),
             held_proposals: VecDeque::new(),
             reads: Reads::new(options.seed),
             options,
@@ -247,8 +248,9 @@ impl Core {
             self.answers.extend(gone.into_iter().map(|p| (p.ticket.reply, Err(Error::DeadlineExceeded))));
         }
         // Given to the leader: it may still take effect (D-17, D-20).
-        let gone = self.pending.extract_if(|_, ticket| late(ticket));
-        self.answers.extend(gone.map(|(_, ticket)| (ticket.reply, Err(Error::Timeout))));
+        let gone: Vec<u64> = self.pending.iter().filter(|(_, ticket)| late(ticket)).map(|(id, _)| *id).collect();
+        let gone = gone.into_iter().filter_map(|id| self.pending.remove(&id));
+        self.answers.extend(gone.map(|ticket| (ticket.reply, Err(Error::Timeout))));
         let gone = self.reads.late(now);
         self.answers.extend(gone.into_iter().map(|read| (read.reply, Err(Error::Timeout))));
     }
@@ -347,6 +349,7 @@ impl Core {
     /// The store is synced up to `synced`. The snapshot record to write, if the log can be dropped further.
     pub fn checkpoint(&self, synced: u64) -> Option<walpb::Snapshot> {
         let log = self.node.store();
+        let synced = if sim::has(Bug::LogDroppedTooEarly) { log.applied } else { synced };
         let mut index = log.compactable(synced, self.options.catch_up_entries, self.options.catch_up_bytes);
         // Whoever is getting a snapshot needs what follows it, within reason.
         if log.bytes() < 4 * self.options.catch_up_bytes
@@ -371,7 +374,7 @@ impl Core {
     pub fn stop(&mut self) {
         self.stopping = true;
         self.answers.extend(self.queued.drain(..).map(|p| (p.ticket.reply, Err(Error::Stopped))));
-        self.answers.extend(self.pending.drain().map(|(_, ticket)| (ticket.reply, Err(Error::Stopped))));
+        self.answers.extend(std::mem::take(&mut self.pending).into_values().map(|t| (t.reply, Err(Error::Stopped))));
         self.answers.extend(self.reads.take_all().into_iter().map(|read| (read.reply, Err(Error::Stopped))));
     }
 
@@ -399,10 +402,9 @@ impl Core {
             return;
         }
         let leads_in = self.leads().then_some(self.node.raft.term);
-        if self.queued.iter().any(|p| p.as_leader_of.is_some_and(|term| leads_in != Some(term))) {
-            let (refused, kept): (VecDeque<_>, _) = std::mem::take(&mut self.queued)
-                .into_iter()
-                .partition(|p| p.as_leader_of.is_some_and(|term| leads_in != Some(term)));
+        let is_over = |p: &Proposal| p.as_leader_of.is_some_and(|term| leads_in != Some(term));
+        if self.queued.iter().any(is_over) && !sim::has(Bug::RevokeAfterLeadership) {
+            let (refused, kept): (VecDeque<_>, _) = std::mem::take(&mut self.queued).into_iter().partition(is_over);
             self.queued = kept;
             self.answers.extend(refused.into_iter().map(|p| (p.ticket.reply, Err(Error::NotLeader))));
         }
@@ -559,7 +561,9 @@ impl Core {
         });
         let install = install.map(|(install, conf_state)| {
             // What the snapshot covers need not be applied any more.
-            self.held.clear();
+            if !sim::has(Bug::SnapshotKeepsEntries) {
+                self.held.clear();
+            }
             self.conf_change_at = None;
             self.installed_index = install.index;
             self.installing = true;
@@ -597,6 +601,9 @@ impl Core {
             let hard_state = hard_state.or_else(|| snapshot.is_some().then(|| self.node.store().hard_state.clone()));
             let hard_state = hard_state.as_ref().map(convert::hard_state_to_pb);
             output.appends.push(Append { number, snapshot, entries: to_disk, hard_state, sync });
+            if sim::has(Bug::AckBeforeSync) {
+                self.persisted(number, output);
+            }
         } else if let Some(last) = self.in_flight.back_mut() {
             // Promises of this Ready rest on the write before it, and its number is covered by the next one.
             last.promises.extend(promises);

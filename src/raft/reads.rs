@@ -8,7 +8,11 @@ use std::{collections::HashMap, time::Instant};
 
 use bytes::Bytes;
 
-use crate::{actor::Permit, apply::Reply};
+use crate::{
+    actor::Permit,
+    apply::Reply,
+    sim::{self, Bug},
+};
 
 /// Somebody who waits for a read index.
 #[derive(Debug)]
@@ -68,7 +72,8 @@ impl Reads {
             self.round = None;
             return None;
         }
-        let context = self.fresh();
+        let again = self.round.as_ref().map(|round| round.context.clone());
+        let context = again.filter(|_| sim::has(Bug::RepeatedReadContext)).unwrap_or_else(|| self.fresh());
         self.round = Some(Round { context: context.clone(), waiters, asked_at: tick, leader });
         Some(context)
     }

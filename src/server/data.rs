@@ -98,22 +98,7 @@ pub async fn open(config: &Config) -> anyhow::Result<Opened> {
     };
     let core = apply::Core::open(storage.clone(), settings.clone()).context("cannot read the store")?;
     let applied = core.applied_index();
-    let last = found.entries.last().and_then(|e| e.index).unwrap_or(0).max(compacted.0);
-    if applied > last {
-        bail!(
-            "the store has applied entry {applied}, but the log in {} ends at {last}: the log was lost or replaced; \
-             put it back, or start with an empty data directory as a new member",
-            config.wal_path().display()
-        );
-    }
-    if applied < compacted.0 {
-        bail!(
-            "the store has applied entry {applied} only, but the log in {} begins after {}: the store is older than \
-             its log; put the newer store back, or start with an empty data directory as a new member",
-            config.wal_path().display(),
-            compacted.0
-        );
-    }
+    fit(&found, applied).with_context(|| format!("{} and the store beside it", config.wal_path().display()))?;
     let members = core.members();
     if members.is_removed(ids.member) {
         // C-17
@@ -141,6 +126,34 @@ pub async fn open(config: &Config) -> anyhow::Result<Opened> {
         applied,
     };
     Ok(Opened { ids, wal: log, recovered, storage, core, settings, stores, remotes })
+}
+
+/// A log and a store that are not of one member at one time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unfit {
+    #[error(
+        "the store has applied entry {applied}, but the log ends at {last}: the log was lost or replaced; put it back, or \
+         start with an empty data directory as a new member"
+    )]
+    LogLost { applied: u64, last: u64 },
+    #[error(
+        "the store has applied entry {applied} only, but the log begins after {begin}: the store is older than its log; put \
+         the newer store back, or start with an empty data directory as a new member"
+    )]
+    StoreOlder { applied: u64, begin: u64 },
+}
+
+/// Whether raft can go on with this log from a store that has applied this entry.
+pub fn fit(log: &wal::Recovered, applied: u64) -> Result<(), Unfit> {
+    let begin = log.snapshot.index();
+    let last = log.entries.last().map_or(begin, Entry::index);
+    if applied > last {
+        return Err(Unfit::LogLost { applied, last });
+    }
+    if applied < begin {
+        return Err(Unfit::StoreOlder { applied, begin });
+    }
+    Ok(())
 }
 
 /// A member whose release is older than its cluster's does not start (C-34).

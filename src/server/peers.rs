@@ -187,7 +187,7 @@ fn take_in(path: &PathBuf, mut database: Chunks, store: Option<(&StoreDir, &Expe
         file.write_all(&chunk?).with_context(|| format!("cannot write {}", path.display()))?;
     }
     if let Some((dir, expected)) = store {
-        import::prepare(file, dir, Some(expected))?;
+        import::prepare(Box::new(file), dir, Some(expected))?;
     }
     Ok(())
 }

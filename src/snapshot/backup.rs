@@ -1,14 +1,9 @@
 //! A backup: the database file in pieces, and behind it the SHA-256 of it all.
 
-use std::{
-    fs::File,
-    io::{self, Read, Seek, SeekFrom},
-};
-
 use bytes::Bytes;
 use sha2::{Digest, Sha256};
 
-use super::{Error, export::Export};
+use super::{Error, bbolt::Source, export::Export};
 use crate::storage::Storage;
 
 /// Bytes of the digest at the end. Pages are multiples of 512, so the length says whether there is one.
@@ -55,25 +50,23 @@ pub fn send(storage: &dyn Storage, to: &mut dyn Receiver) -> Result<(), Error> {
 }
 
 /// Checks the digest behind a backup; false if the file has none.
-pub fn verify(file: &mut File) -> Result<bool, Error> {
-    let len = file.metadata()?.len();
+pub fn verify(file: &dyn Source) -> Result<bool, Error> {
+    let len = file.size()?;
     if len % SECTOR != DIGEST {
         return Ok(false);
     }
-    file.seek(SeekFrom::Start(0))?;
+    let content = len - DIGEST;
     let mut digest = Sha256::new();
-    let mut content = file.take(len - DIGEST);
     let mut buffer = vec![0; 64 << 10];
-    loop {
-        match content.read(&mut buffer) {
-            Ok(0) => break,
-            Ok(n) => digest.update(&buffer[..n]),
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e.into()),
-        }
+    let mut at = 0;
+    while at < content {
+        let piece = (content - at).min(buffer.len() as u64) as usize;
+        file.read_exact_at(&mut buffer[..piece], at)?;
+        digest.update(&buffer[..piece]);
+        at += piece as u64;
     }
     let mut expected = [0; DIGEST as usize];
-    file.read_exact(&mut expected)?;
+    file.read_exact_at(&mut expected, content)?;
     if digest.finalize()[..] != expected {
         return Err(Error::Damaged("its content is not what its SHA-256 says".to_owned()));
     }

@@ -9,14 +9,12 @@
 //! elsewhere (`export.rs`). Refused is what this version would misunderstand: newer versions and rows in buckets it
 //! does not know.
 
-use std::fs::File;
-
 use bytes::Bytes;
 use prost::Message;
 
 use super::{
     Error, backup,
-    bbolt::{Reader, Visitor},
+    bbolt::{Reader, Source, Visitor},
     export::{CONF_STATE, CONSISTENT_INDEX, STORAGE_VERSION, TERM},
 };
 use crate::{
@@ -54,7 +52,7 @@ pub struct Prepared {
 }
 
 /// Builds a store of the rows of `file`. Long: for a thread of its own, one at a time. On an error nothing is left.
-pub fn prepare(file: File, stores: &StoreDir, expected: Option<&Expected>) -> Result<Prepared, Error> {
+pub fn prepare(file: Box<dyn Source>, stores: &StoreDir, expected: Option<&Expected>) -> Result<Prepared, Error> {
     // Where the index is known only from the file, the store is built under a name no index has.
     let building = expected.map_or_else(|| "import".to_owned(), |expected| store_name(expected.index));
     if stores.current()?.as_deref() == Some(&building) {
@@ -68,7 +66,7 @@ pub fn prepare(file: File, stores: &StoreDir, expected: Option<&Expected>) -> Re
     built
 }
 
-fn build(file: File, stores: &StoreDir, name: &str, expected: Option<&Expected>) -> Result<Prepared, Error> {
+fn build(file: Box<dyn Source>, stores: &StoreDir, name: &str, expected: Option<&Expected>) -> Result<Prepared, Error> {
     let options = Options { value_cache_bytes: 0, ..Options::default() };
     let store = stores.build(name, &options)?;
     let prepared = fill(file, &store, expected)?;
@@ -109,8 +107,8 @@ fn store_name(index: u64) -> String {
 }
 
 /// Checks `file` and puts its rows into an empty store, without syncing it.
-pub fn fill(mut file: File, store: &dyn Storage, expected: Option<&Expected>) -> Result<Prepared, Error> {
-    backup::verify(&mut file)?;
+pub fn fill(file: Box<dyn Source>, store: &dyn Storage, expected: Option<&Expected>) -> Result<Prepared, Error> {
+    backup::verify(&*file)?;
     let mut filling = Filling::new(store);
     Reader::open(file)?.read(&mut filling)?;
     let Filling { index, term, mut batch, .. } = filling;

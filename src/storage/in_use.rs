@@ -9,24 +9,24 @@ use super::{Bucket, Error, FjallStorage, Snapshot, Storage, Visit, WriteBatch};
 
 /// Passes every call to the store that is in use at its start. Rows are immutable and equal on all members, so a reader
 /// with an older view finds the same rows in a newer store, or finds them compacted.
-pub struct StoreInUse(ArcSwap<FjallStorage>);
+pub struct StoreInUse<S = FjallStorage>(ArcSwap<S>);
 
-impl StoreInUse {
-    pub fn new(store: FjallStorage) -> Self {
+impl<S> StoreInUse<S> {
+    pub fn new(store: S) -> Self {
         Self(ArcSwap::from_pointee(store))
     }
 
-    pub fn load(&self) -> Arc<FjallStorage> {
+    pub fn load(&self) -> Arc<S> {
         self.0.load_full()
     }
 
     /// The one before it: its files may go when nobody else holds it.
-    pub fn replace(&self, store: FjallStorage) -> Arc<FjallStorage> {
+    pub fn replace(&self, store: S) -> Arc<S> {
         self.0.swap(Arc::new(store))
     }
 }
 
-impl Storage for StoreInUse {
+impl<S: Storage> Storage for StoreInUse<S> {
     fn get(&self, bucket: Bucket, key: &[u8]) -> Result<Option<Bytes>, Error> {
         self.0.load().get(bucket, key)
     }

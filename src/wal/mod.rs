@@ -40,9 +40,12 @@ use self::{
 };
 pub use self::{
     recovery::{Recovered, Repair},
-    writer::Control,
+    writer::{Control, Writer},
 };
-use crate::pb::{etcdserverpb::Metadata, raftpb, walpb};
+use crate::{
+    pb::{etcdserverpb::Metadata, raftpb, walpb},
+    sim::Bug,
+};
 
 /// A segment is cut once it reaches this size.
 pub const SEGMENT_BYTES: u64 = 64_000_000;
@@ -461,7 +464,7 @@ impl Wal {
     /// Syncs the last segment. The buffer must have been flushed.
     fn sync(&mut self, done: &mut Appended) -> Result<()> {
         debug_assert!(self.encoder.buffer.is_empty(), "synced with records in the buffer");
-        if self.is_dirty && !self.options.unsafe_no_fsync {
+        if self.is_dirty && !self.options.unsafe_no_fsync && !crate::sim::has(Bug::NoSync) {
             let last = self.segments.back_mut().expect("there is a last segment");
             let took = match last.file.sync() {
                 Ok(took) => took,

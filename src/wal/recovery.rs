@@ -312,6 +312,7 @@ fn undecodable(what: &str, error: &prost::DecodeError) -> String {
 
 /// Cuts the segment at `end`, after copying all of it.
 fn cut_torn_end(disk: &dyn Disk, dir: &Path, segment: &mut Segment, end: u64, reason: &'static str) -> Result<Repair> {
+    crate::sim::mark("torn end of the log is cut");
     let path = dir.join(segment.name.to_string());
     let copy = dir.join(format!("{}.broken", segment.name));
     let mut target = disk.open(&copy, Open::Create).map_err(Error::io("create", &copy))?;

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use super::{Appended, Wal};
+use super::{Appended, Error, Wal};
 use crate::{
     actor::{Actor, Message, Turn, shell::Flow},
     pb::{raftpb, walpb},
@@ -55,32 +55,84 @@ impl Batch {
     }
 }
 
-pub struct WalActor {
+/// The actor's core: what raft appends, in as few writes as its order allows.
+pub struct Writer {
     wal: Wal,
-    raft: RaftSender,
     keep_files: usize,
     batch: Batch,
     on_write: OnWrite,
 }
 
-impl WalActor {
-    pub fn new(wal: Wal, raft: RaftSender, keep_files: usize, on_write: OnWrite) -> Self {
-        Self { wal, raft, keep_files, batch: Batch::default(), on_write }
+impl Writer {
+    /// At most `keep_files` segments stay that no start needs; 0: all.
+    pub fn new(wal: Wal, keep_files: usize, on_write: OnWrite) -> Self {
+        Self { wal, keep_files, batch: Batch::default(), on_write }
     }
 
-    fn failed(&self, what: &str, error: impl std::fmt::Display) -> ! {
-        tracing::error!("{what}: {error}; nothing more is acknowledged, the process ends");
+    /// Queues an append. What must be in the log before it is written now: answers the Ready number up to which all is
+    /// durable then.
+    pub fn add(&mut self, append: Append) -> Result<Option<u64>, Error> {
+        let mut durable = None;
+        if let Some(snapshot) = &append.snapshot {
+            // Behind everything older, in a write of its own: the entries that follow go on from it.
+            durable = self.write()?;
+            let hard_state = append.hard_state.as_ref().expect("a snapshot comes with the hard state that commits it");
+            (self.on_write)(&self.wal.install_snapshot(snapshot, hard_state)?);
+        }
+        self.batch.add(append);
+        Ok(durable)
+    }
+
+    /// Writes what is queued and syncs it: answers the Ready number up to which all is durable, if something was.
+    pub fn write(&mut self) -> Result<Option<u64>, Error> {
+        let batch = std::mem::take(&mut self.batch);
+        if batch.number.is_some() {
+            (self.on_write)(&self.wal.append(&batch.entries, batch.hard_state.as_ref(), batch.sync)?);
+        }
+        Ok(batch.number)
+    }
+
+    /// Writes a record from which raft can start, and drops segments below it.
+    pub fn snapshot(&mut self, record: &walpb::Snapshot) -> Result<(), Error> {
+        self.wal.append_snapshot(record)?;
+        // Files that could not be removed are tried again at the next checkpoint.
+        if let Err(e) = self.wal.purge(record.index(), self.keep_files) {
+            tracing::warn!("cannot remove old log segments: {e}");
+        }
+        Ok(())
+    }
+
+    /// Writes and syncs all.
+    pub fn finish(&mut self) -> Result<(), Error> {
+        self.write()?;
+        self.wal.sync_all().map(drop)
+    }
+}
+
+pub struct WalActor {
+    writer: Writer,
+    raft: RaftSender,
+}
+
+impl WalActor {
+    pub fn new(writer: Writer, raft: RaftSender) -> Self {
+        Self { writer, raft }
+    }
+
+    fn failed(&self, error: Error) -> ! {
+        tracing::error!("cannot write the log: {error}; nothing more is acknowledged, the process ends");
         self.raft.control(raft::Control::LogFailed);
         std::process::exit(1)
     }
 
-    fn write(&mut self) {
-        let Batch { entries, hard_state, sync, number: Some(number) } = std::mem::take(&mut self.batch) else { return };
-        match self.wal.append(&entries, hard_state.as_ref(), sync) {
-            Ok(appended) => (self.on_write)(&appended),
-            Err(e) => self.failed("cannot write the log", e),
+    fn tell(&self, durable: Result<Option<u64>, Error>) {
+        match durable {
+            Ok(None) => {}
+            Ok(Some(number)) => {
+                self.raft.control(raft::Control::Persisted(number));
+            }
+            Err(e) => self.failed(e),
         }
-        self.raft.control(raft::Control::Persisted(number));
     }
 }
 
@@ -89,36 +141,22 @@ impl Actor for WalActor {
     type Control = Control;
 
     fn on_message(&mut self, append: Append, _: &Turn) {
-        if let Some(snapshot) = &append.snapshot {
-            // Behind everything older, in a write of its own: the entries that follow go on from it.
-            self.write();
-            let hard_state = append.hard_state.as_ref().expect("a snapshot comes with the hard state that commits it");
-            match self.wal.install_snapshot(snapshot, hard_state) {
-                Ok(appended) => (self.on_write)(&appended),
-                Err(e) => self.failed("cannot write the log's snapshot record", e),
-            }
-        }
-        self.batch.add(append);
+        let durable = self.writer.add(append);
+        self.tell(durable);
     }
 
     fn on_control(&mut self, message: Control, _: &Turn) -> Flow {
         match message {
             Control::Snapshot(record) => {
-                let index = record.index.unwrap_or(0);
-                if let Err(e) = self.wal.append_snapshot(&record) {
-                    self.failed("cannot write the log's snapshot record", e);
+                if let Err(e) = self.writer.snapshot(&record) {
+                    self.failed(e);
                 }
-                // Files that could not be removed are tried again at the next checkpoint.
-                if let Err(e) = self.wal.purge(index, self.keep_files) {
-                    tracing::warn!("cannot remove old log segments: {e}");
-                }
-                self.raft.control(raft::Control::Compact(index));
+                self.raft.control(raft::Control::Compact(record.index()));
                 Flow::Continue
             }
             Control::Stop(done) => {
-                self.write();
-                if let Err(e) = self.wal.sync_all() {
-                    self.failed("cannot sync the log at the end", e);
+                if let Err(e) = self.writer.finish() {
+                    self.failed(e);
                 }
                 let _ = done.send(());
                 Flow::Stop
@@ -127,7 +165,8 @@ impl Actor for WalActor {
     }
 
     fn on_turn_end(&mut self, _: &Turn) {
-        self.write();
+        let durable = self.writer.write();
+        self.tell(durable);
     }
 }
 

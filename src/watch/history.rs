@@ -1,8 +1,11 @@
 //! What a hub reads of the past.
 
+use std::sync::Arc;
+
 use crate::{
-    mvcc::{KeyRange, Revision, change::Change, record::RawKeyValue, view::View},
-    storage,
+    apply::ViewCell,
+    mvcc::{self, KeyRange, Revision, change::Change, record::RawKeyValue, replay, view::View},
+    storage::{self, Storage},
 };
 
 /// The newest published view and the rows behind it.
@@ -44,4 +47,51 @@ pub enum HistoryError {
     Compacted { compact_revision: i64 },
     #[error(transparent)]
     Storage(#[from] storage::Error),
+}
+
+/// The store as the hub reads it.
+pub struct StoreHistory {
+    pub(super) view: Arc<View>,
+    pub(super) cell: ViewCell,
+    storage: Arc<dyn Storage>,
+}
+
+impl StoreHistory {
+    pub fn new(cell: ViewCell, storage: Arc<dyn Storage>) -> Self {
+        let view = cell.load().kv.clone();
+        Self { view, cell, storage }
+    }
+
+    /// From now on the newest view is read.
+    pub fn refresh(&mut self) {
+        self.view = self.cell.load().kv.clone();
+    }
+}
+
+impl History for StoreHistory {
+    fn view(&self) -> &View {
+        &self.view
+    }
+
+    fn changes(&mut self, range: KeyRange<'_>, from: i64, limit: HistoryLimit) -> Result<HistoryPage, HistoryError> {
+        let bound = replay::Limit { changes: limit.revisions, bytes: limit.bytes };
+        loop {
+            let found = replay::changes(&self.view, &*self.storage, range, from, self.view.revision, bound);
+            // Clean-up may have taken rows that an older view still names: the newest view then says so.
+            self.refresh();
+            if from < self.view.compact_revision {
+                return Err(HistoryError::Compacted { compact_revision: self.view.compact_revision });
+            }
+            match found {
+                Ok(page) => return Ok(HistoryPage { changes: page.changes, next_from: page.next }),
+                // Each try has a newer view, and compactions are far between.
+                Err(mvcc::Error::ViewOutdated) => {}
+                Err(e) => return Err(HistoryError::Storage(storage::Error::Fatal(e.to_string()))),
+            }
+        }
+    }
+
+    fn record(&mut self, revision: Revision) -> Result<Option<RawKeyValue>, storage::Error> {
+        mvcc::range::record(&*self.storage, revision).map_err(|e| storage::Error::Fatal(e.to_string()))
+    }
 }

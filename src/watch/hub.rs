@@ -18,6 +18,7 @@ use super::{
 use crate::{
     mvcc::{change::Change, record::RawEvent, view::View},
     pb::etcdserverpb::{ResponseHeader, WatchCreateRequest, WatchRequest, WatchResponse, watch_request::RequestUnion},
+    sim::{self, Bug},
     storage,
 };
 
@@ -249,7 +250,7 @@ impl Hub {
             range: SharedRange::new(range),
             next: if start == 0 { view.revision + 1 } else { start },
             // Not before the start, and not below the revision that the created answer tells.
-            gate: start.max(view.revision),
+            gate: if sim::has(Bug::EarlyProgress) { view.revision } else { start.max(view.revision) },
             state: State::Dead,
             options: Options::of(create),
             quiet: true,
@@ -334,8 +335,11 @@ impl Hub {
             }
             // An empty queue takes a response of any size, or a large one could never be sent.
             if events.is_empty() || (queued > 0 && queued + bytes > self.config.stream_budget_bytes) {
-                self.watchers[slot].next = revision;
-                self.set_state(slot, State::Behind);
+                sim::mark("slow watcher falls behind");
+                if !sim::has(Bug::SlowWatcherLosesEvents) {
+                    self.watchers[slot].next = revision;
+                    self.set_state(slot, State::Behind);
+                }
             } else {
                 self.push_events(slot, revision, events, out);
             }
@@ -352,6 +356,12 @@ impl Hub {
             let watcher = &mut self.watchers[slot];
             if matches!(watcher.state, State::Live | State::Waiting) {
                 watcher.next = watcher.next.max(delivered + 1);
+                if sim::has(Bug::WatchGoesBack) {
+                    watcher.next = (delivered - 1).max(1);
+                }
+                if sim::has(Bug::EarlyEvents) && watcher.state == State::Waiting {
+                    watcher.next = delivered + 1;
+                }
                 if watcher.next <= to {
                     self.set_state(slot, State::Behind);
                 }
@@ -408,8 +418,8 @@ impl Hub {
     fn answer_progress(&mut self, id: StreamId, out: &mut Vec<Outgoing>) {
         let Some(stream) = self.streams.get_mut(&id) else { return };
         let Some(asked_at) = stream.progress_asked else { return };
-        let answerable =
-            stream.unready == 0 && asked_at <= self.revision && stream.queued_bytes < self.config.stream_budget_bytes;
+        let ready = stream.unready == 0 || sim::has(Bug::ProgressOvertakesEvents);
+        let answerable = ready && asked_at <= self.revision && stream.queued_bytes < self.config.stream_budget_bytes;
         // etcd gives no answer without watchers: there is nothing to make a statement about.
         if stream.alive > 0 && !answerable {
             return;
@@ -481,6 +491,9 @@ impl Hub {
         }
         let watcher = &mut self.watchers[slot];
         watcher.next = page.next_from;
+        if sim::has(Bug::EventTwice) && page.next_from > from + 1 {
+            watcher.next -= 1;
+        }
         watcher.gate = current;
         if !events.is_empty() {
             self.push_events(slot, current, events, out);

@@ -53,7 +53,7 @@ mod simulation;
 #[cfg(test)]
 mod tests;
 
-pub use history::{History, HistoryError, HistoryLimit, HistoryPage};
+pub use history::{History, HistoryError, HistoryLimit, HistoryPage, StoreHistory};
 pub use hub::{Hub, HubConfig, Outgoing, Published, Stats};
 pub use port::{Client, Ends, Port, connect};
 pub use shell::{Requests, Responses, run};

@@ -11,59 +11,17 @@ use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
 
 use super::{
-    History, HistoryError, HistoryLimit, HistoryPage, Hub, HubConfig, Outgoing, Published, StreamId,
+    Hub, HubConfig, Outgoing, Published, StoreHistory, StreamId,
     port::{Ask, Client, Ends, Queued},
 };
 use crate::{
     apply::ViewCell,
-    mvcc::{self, KeyRange, Revision, record::RawKeyValue, replay, view::View},
     pb::etcdserverpb::{WatchRequest, WatchResponse},
     storage::{self, Storage},
 };
 
 /// Catch-up work between two looks at the queues.
 const TURN: Duration = Duration::from_micros(500);
-
-/// The store as the hub reads it.
-struct StoreHistory {
-    view: Arc<View>,
-    cell: ViewCell,
-    storage: Arc<dyn Storage>,
-}
-
-impl StoreHistory {
-    fn refresh(&mut self) {
-        self.view = self.cell.load().kv.clone();
-    }
-}
-
-impl History for StoreHistory {
-    fn view(&self) -> &View {
-        &self.view
-    }
-
-    fn changes(&mut self, range: KeyRange<'_>, from: i64, limit: HistoryLimit) -> Result<HistoryPage, HistoryError> {
-        let bound = replay::Limit { changes: limit.revisions, bytes: limit.bytes };
-        loop {
-            let found = replay::changes(&self.view, &*self.storage, range, from, self.view.revision, bound);
-            // Clean-up may have taken rows that an older view still names: the newest view then says so.
-            self.refresh();
-            if from < self.view.compact_revision {
-                return Err(HistoryError::Compacted { compact_revision: self.view.compact_revision });
-            }
-            match found {
-                Ok(page) => return Ok(HistoryPage { changes: page.changes, next_from: page.next }),
-                // Each try has a newer view, and compactions are far between.
-                Err(mvcc::Error::ViewOutdated) => {}
-                Err(e) => return Err(HistoryError::Storage(storage::Error::Fatal(e.to_string()))),
-            }
-        }
-    }
-
-    fn record(&mut self, revision: Revision) -> Result<Option<RawKeyValue>, storage::Error> {
-        crate::mvcc::range::record(&*self.storage, revision).map_err(|e| storage::Error::Fatal(e.to_string()))
-    }
-}
 
 struct Shell {
     hub: Hub,
@@ -86,10 +44,9 @@ pub async fn run(
     storage: Arc<dyn Storage>,
     stats: impl Fn(&super::Stats),
 ) {
-    let view = cell.load().kv.clone();
     let mut shell = Shell {
         hub: Hub::new(config, seed),
-        history: StoreHistory { view, cell, storage },
+        history: StoreHistory::new(cell, storage),
         streams: HashMap::new(),
         held: HashMap::new(),
         out: Vec::new(),

@@ -11,5 +11,5 @@ mod tests;
 mod writer;
 
 pub use self::format::{KEY_MAX, Layout, PAGE_SIZE};
-pub use self::reader::{Reader, Visitor};
+pub use self::reader::{Reader, Source, Visitor};
 pub use self::writer::{CHUNK, Writer};

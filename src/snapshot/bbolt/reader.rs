@@ -5,7 +5,7 @@
 //! largest row. What the format cannot show is not found: keys and values have no checksum of their own. A backup has
 //! one over everything (`backup.rs`).
 
-use std::{fs::File, os::unix::fs::FileExt};
+use std::{fs::File, io, os::unix::fs::FileExt};
 
 use bytes::Bytes;
 
@@ -30,8 +30,39 @@ pub trait Visitor {
     fn row(&mut self, key: Bytes, value: Bytes) -> Result<(), Error>;
 }
 
+/// Where a file's bytes are.
+pub trait Source: Send {
+    fn size(&self) -> io::Result<u64>;
+
+    /// Fills the buffer; `UnexpectedEof` if the file ends before.
+    fn read_exact_at(&self, buffer: &mut [u8], at: u64) -> io::Result<()>;
+}
+
+impl Source for File {
+    fn size(&self) -> io::Result<u64> {
+        Ok(self.metadata()?.len())
+    }
+
+    fn read_exact_at(&self, buffer: &mut [u8], at: u64) -> io::Result<()> {
+        FileExt::read_exact_at(self, buffer, at)
+    }
+}
+
+impl Source for Bytes {
+    fn size(&self) -> io::Result<u64> {
+        Ok(self.len() as u64)
+    }
+
+    fn read_exact_at(&self, buffer: &mut [u8], at: u64) -> io::Result<()> {
+        let end = at.checked_add(buffer.len() as u64).filter(|end| *end <= self.len() as u64);
+        let end = end.ok_or(io::ErrorKind::UnexpectedEof)?;
+        buffer.copy_from_slice(&self[at as usize..end as usize]);
+        Ok(())
+    }
+}
+
 pub struct Reader {
-    file: File,
+    file: Box<dyn Source>,
     meta: Meta,
     page_size: u64,
     /// Pages that belong to something.
@@ -42,14 +73,14 @@ pub struct Reader {
 
 impl Reader {
     /// Finds the newest valid meta page.
-    pub fn open(file: File) -> Result<Self, Error> {
-        let len = file.metadata()?.len();
-        let first = meta_at(&file, 0, 0)?;
+    pub fn open(file: Box<dyn Source>) -> Result<Self, Error> {
+        let len = file.size()?;
+        let first = meta_at(&*file, 0, 0)?;
         let second = match first {
-            Some(meta) => meta_at(&file, u64::from(meta.page_size), 1)?,
+            Some(meta) => meta_at(&*file, u64::from(meta.page_size), 1)?,
             None => {
                 let mut sizes = (0..15).map(|i| PAGE_SIZE_MIN << i);
-                sizes.find_map(|at| meta_at(&file, at, 1).transpose()).transpose()?
+                sizes.find_map(|at| meta_at(&*file, at, 1).transpose()).transpose()?
             }
         };
         let second = second.filter(|second| first.is_none_or(|first| first.page_size == second.page_size));
@@ -252,7 +283,7 @@ fn damaged(page: u64, what: &str) -> Error {
 }
 
 /// The valid meta page `number` at this place, if it is one.
-fn meta_at(file: &File, at: u64, number: u64) -> Result<Option<Meta>, Error> {
+fn meta_at(file: &dyn Source, at: u64, number: u64) -> Result<Option<Meta>, Error> {
     let mut bytes = [0; PAGE_HEADER + META_BODY];
     match file.read_exact_at(&mut bytes, at) {
         Ok(()) => {}

@@ -63,7 +63,7 @@ fn read(bytes: &[u8]) -> Result<Found, Error> {
 
 fn read_file(file: File) -> Result<Found, Error> {
     let mut found = Collect::default();
-    Reader::open(file)?.read(&mut found)?;
+    Reader::open(Box::new(file))?.read(&mut found)?;
     Ok(found.0)
 }
 

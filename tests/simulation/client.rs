@@ -1,0 +1,372 @@
+//! Clients: what they ask, what they make of the answers, and what they know afterwards.
+
+use actd::{
+    apply::{Error, Response},
+    cluster::Change,
+    pb::etcdserverpb::{
+        CompactionRequest, Compare, DeleteRangeRequest, InternalRaftRequest, LeaseGrantRequest, LeaseRevokeRequest,
+        PutRequest, RangeRequest, RequestOp, TxnRequest, compare::TargetUnion, request_op::Request,
+    },
+};
+use bytes::Bytes;
+use rand::{RngExt, rngs::StdRng, seq::IndexedRandom};
+
+use super::{
+    member::MIN_TTL,
+    plan::{MS, SECOND},
+    truth::Place,
+    world::{Answer, Event, OpId, World, key},
+};
+
+pub struct Client {
+    /// The member it is connected to.
+    member: usize,
+    op: Option<OpId>,
+    /// The lease it keeps alive, and until when it bothers.
+    lease: Option<(i64, u64)>,
+    /// Revisions it has heard of.
+    revision: i64,
+    written: u64,
+}
+
+#[derive(Clone, Debug)]
+pub enum Kind {
+    Write(Box<InternalRaftRequest>),
+    Read(RangeRequest),
+    Renew(i64),
+    Change(Change),
+}
+
+pub struct Op {
+    /// `None`: an administrator's.
+    pub client: Option<usize>,
+    pub member: usize,
+    pub kind: Kind,
+    pub start: u64,
+    /// What it must not stand before.
+    pub floor: Place,
+    /// The member has it.
+    pub arrived: bool,
+    /// As it is named in the log.
+    pub request: Option<u64>,
+    pub forwarded: u64,
+    pub done: bool,
+}
+
+/// How long a client waits for an answer.
+const PATIENCE: (u64, u64) = (800 * MS, 9 * SECOND);
+
+impl Client {
+    pub fn new(member: usize) -> Self {
+        Self { member, op: None, lease: None, revision: 1, written: 0 }
+    }
+}
+
+impl World {
+    pub fn begin(&mut self, client: Option<usize>, member: usize, kind: Kind) -> OpId {
+        let op = self.ops.len();
+        let (start, floor) = (self.now, self.truth.begin());
+        self.ops.push(Op {
+            client,
+            member,
+            kind,
+            start,
+            floor,
+            arrived: false,
+            request: None,
+            forwarded: 0,
+            done: false,
+        });
+        let latency = self.draw((50, 2 * MS));
+        self.after(latency, Event::Request(op));
+        let patience = self.draw(PATIENCE);
+        self.after(patience, Event::GiveUp(op));
+        op
+    }
+
+    pub fn client_turn(&mut self, c: usize) {
+        if self.is_closing || self.clients[c].op.is_some() {
+            return;
+        }
+        if !self.is_up(self.clients[c].member) || self.rng.random_bool(0.03) {
+            self.clients[c].member = self.rng.random_range(0..self.members.len());
+        }
+        let member = self.clients[c].member;
+        let kind = self.choose(c);
+        self.stats.calls += 1;
+        let op = self.begin(Some(c), member, kind.clone());
+        self.say(|| format!("client {c} asks m{member}, operation {op}: {}", shown(&kind)));
+        self.clients[c].op = Some(op);
+    }
+
+    fn choose(&mut self, c: usize) -> Kind {
+        let now = self.now;
+        if let Some((lease, until)) = self.clients[c].lease {
+            if now >= until {
+                self.clients[c].lease = None;
+            } else if self.rng.random_bool(0.3) {
+                return Kind::Renew(lease);
+            }
+        }
+        let mix = self.config().mix.clone();
+        let all = mix.put + mix.get + mix.delete + mix.txn + mix.compact + mix.lease;
+        let mut draw = self.rng.random_range(0..all);
+        // One kind after another, each with its share.
+        let mut is = |weight: u32| match draw.checked_sub(weight) {
+            None => true,
+            Some(rest) => {
+                draw = rest;
+                false
+            }
+        };
+        let write = |request| Kind::Write(Box::new(request));
+        if is(mix.put) {
+            let put = Some(self.put(c));
+            write(InternalRaftRequest { put, ..Default::default() })
+        } else if is(mix.get) {
+            let keys = self.config().keys;
+            let newest = self.clients[c].revision;
+            Kind::Read(range(&mut self.rng, keys, newest, true))
+        } else if is(mix.delete) {
+            let keys = self.config().keys;
+            let delete_range = Some(delete(&mut self.rng, keys));
+            write(InternalRaftRequest { delete_range, ..Default::default() })
+        } else if is(mix.txn) {
+            let depth = self.rng.random_range(1..=3);
+            let mut used = Vec::new();
+            let txn = Some(self.txn(c, depth, &mut used));
+            write(InternalRaftRequest { txn, ..Default::default() })
+        } else if is(mix.compact) {
+            let newest = self.clients[c].revision;
+            let revision = self.rng.random_range((newest - 30).max(1)..=newest + 1);
+            let compaction = Some(CompactionRequest { revision, physical: self.rng.random_bool(0.3) });
+            write(InternalRaftRequest { compaction, ..Default::default() })
+        } else if let Some((id, _)) = self.clients[c].lease
+            && self.rng.random_bool(0.4)
+        {
+            if self.rng.random_bool(0.5) {
+                self.clients[c].lease = None;
+            }
+            write(InternalRaftRequest { lease_revoke: Some(LeaseRevokeRequest { id }), ..Default::default() })
+        } else {
+            // Each id once: a promise belongs to one life of a lease.
+            let id = self.next_lease;
+            self.next_lease += 1;
+            let ttl = self.rng.random_range(1..=MIN_TTL + 2);
+            write(InternalRaftRequest { lease_grant: Some(LeaseGrantRequest { ttl, id }), ..Default::default() })
+        }
+    }
+
+    fn value(&mut self, c: usize) -> Bytes {
+        let client = &mut self.clients[c];
+        client.written += 1;
+        let mut value = format!("{c}.{}", client.written).into_bytes();
+        let bytes = self.plan.config.value_bytes;
+        value.resize(value.len().max(self.rng.random_range(0..=bytes)), b'.');
+        value.into()
+    }
+
+    fn put(&mut self, c: usize) -> PutRequest {
+        let keys = self.config().keys;
+        let mut put = PutRequest { key: key(&mut self.rng, keys), ..Default::default() };
+        put.prev_kv = self.rng.random_bool(0.2);
+        match self.rng.random_range(0..12) {
+            0 => put.ignore_value = true,
+            1 => put.ignore_lease = true,
+            _ => {}
+        }
+        if !put.ignore_value {
+            put.value = self.value(c);
+        }
+        if !put.ignore_lease && self.rng.random_bool(0.4) {
+            put.lease = match self.clients[c].lease {
+                Some((lease, _)) => lease,
+                None if self.rng.random_bool(0.2) => self.rng.random_range(1..=self.next_lease),
+                None => 0,
+            };
+        }
+        put
+    }
+
+    /// As clients may send it: no key is put twice, none is put and deleted.
+    fn txn(&mut self, c: usize, depth: u32, used: &mut Vec<Bytes>) -> TxnRequest {
+        let keys = self.config().keys;
+        let newest = self.clients[c].revision;
+        let compares = self.rng.random_range(0..=2);
+        let compare = (0..compares).map(|_| compare(&mut self.rng, keys, newest)).collect();
+        let mut branch = |world: &mut World| {
+            let mut ops = Vec::new();
+            for _ in 0..world.rng.random_range(1..=3) {
+                let request = match world.rng.random_range(0..10) {
+                    0..4 => Request::RequestRange(range(&mut world.rng, keys, newest, false)),
+                    4..8 => {
+                        let put = world.put(c);
+                        if used.contains(&put.key) {
+                            continue;
+                        }
+                        used.push(put.key.clone());
+                        Request::RequestPut(put)
+                    }
+                    8 => {
+                        let key = key(&mut world.rng, keys);
+                        if used.contains(&key) {
+                            continue;
+                        }
+                        used.push(key.clone());
+                        let prev_kv = world.rng.random_bool(0.5);
+                        Request::RequestDeleteRange(DeleteRangeRequest { key, range_end: Bytes::new(), prev_kv })
+                    }
+                    _ if depth > 1 => Request::RequestTxn(world.txn(c, depth - 1, used)),
+                    _ => continue,
+                };
+                ops.push(RequestOp { request: Some(request) });
+            }
+            ops
+        };
+        let (success, failure) = (branch(self), branch(self));
+        TxnRequest { compare, success, failure }
+    }
+
+    pub fn answered(&mut self, op: OpId, answer: Answer) {
+        if std::mem::replace(&mut self.ops[op].done, true) {
+            return;
+        }
+        let Op { client, ref kind, start, floor, request, .. } = self.ops[op];
+        let kind = kind.clone();
+        self.say(|| format!("operation {op} ends: {}", shown_answer(&answer)));
+        let mut revision = None;
+        match (&kind, &answer) {
+            (Kind::Write(write), Answer::Outcome(outcome)) => {
+                let id = request.expect("it was proposed");
+                match outcome {
+                    Ok(_)
+                    | Err(
+                        Error::Compacted
+                        | Error::FutureRev
+                        | Error::KeyNotFound
+                        | Error::LeaseNotFound
+                        | Error::LeaseExists,
+                    ) => self.truth.written(id, floor, outcome),
+                    Err(
+                        Error::DeadlineExceeded | Error::NotLeader | Error::ProposalDropped | Error::TooManyRequests,
+                    ) => {
+                        self.is_refused(id);
+                    }
+                    Err(Error::Timeout | Error::Stopped) => {}
+                    Err(e) => panic!("nobody should hear this: {e}"),
+                }
+                revision = outcome.as_ref().ok().and_then(revision_of);
+                if let (Some(client), Some(grant), Ok(Response::LeaseGrant(granted))) =
+                    (client, &write.lease_grant, outcome)
+                {
+                    self.promise(grant.id, start, granted.ttl);
+                    let until = self.now + self.draw((0, 10 * SECOND));
+                    self.clients[client].lease = Some((grant.id, until));
+                }
+            }
+            (Kind::Read(req), Answer::Range(Ok(answer))) => {
+                self.truth.read(req, floor, answer);
+                revision = answer.header.as_ref().map(|h| h.revision);
+            }
+            (Kind::Read(req), Answer::Range(Err(e))) => {
+                let known = matches!(
+                    e,
+                    Error::Compacted | Error::FutureRev | Error::Timeout | Error::LeaderChanged | Error::NotLeader
+                );
+                assert!(known, "nobody should hear this: {e}");
+                self.truth.read_refused(req, e);
+            }
+            (Kind::Renew(lease), Answer::Renewed(Ok(ttl))) if *ttl > 0 => self.promise(*lease, start, *ttl),
+            (Kind::Renew(_), Answer::Renewed(Ok(_))) => {
+                if let Some(client) = client {
+                    self.clients[client].lease = None;
+                }
+            }
+            _ => {}
+        }
+        if let Some(c) = client {
+            let think = self.draw(self.plan.config.think);
+            let client = &mut self.clients[c];
+            client.op = None;
+            client.revision = client.revision.max(revision.unwrap_or(0));
+            self.after(think, Event::Client(c));
+        }
+    }
+}
+
+fn revision_of(response: &Response) -> Option<i64> {
+    let header = match response {
+        Response::Put(r) => &r.header,
+        Response::DeleteRange(r) => &r.header,
+        Response::Txn(r) => &r.header,
+        _ => return None,
+    };
+    header.as_ref().map(|h| h.revision)
+}
+
+fn span(rng: &mut StdRng, keys: usize) -> (Bytes, Bytes) {
+    let (a, b) = (key(rng, keys), key(rng, keys));
+    match rng.random_range(0..6) {
+        0 => (Bytes::from_static(b"\0"), Bytes::from_static(b"\0")),
+        1 => (a, Bytes::from_static(b"\0")),
+        2 if a < b => (a, b),
+        _ => (a, Bytes::new()),
+    }
+}
+
+fn range(rng: &mut StdRng, keys: usize, newest: i64, alone: bool) -> RangeRequest {
+    let (key, range_end) = span(rng, keys);
+    let revision = match rng.random_range(0..8) {
+        0 => rng.random_range(1..=newest),
+        1 => (newest + 2 - rng.random_range(0..20)).max(1),
+        _ => 0,
+    };
+    RangeRequest {
+        key,
+        range_end,
+        revision,
+        limit: if rng.random_bool(0.2) { rng.random_range(1..5) } else { 0 },
+        keys_only: rng.random_bool(0.1),
+        count_only: rng.random_bool(0.1),
+        serializable: alone && rng.random_bool(0.3),
+        ..Default::default()
+    }
+}
+
+fn delete(rng: &mut StdRng, keys: usize) -> DeleteRangeRequest {
+    let (key, range_end) = if rng.random_bool(0.15) { span(rng, keys) } else { (key(rng, keys), Bytes::new()) };
+    DeleteRangeRequest { key, range_end, prev_kv: rng.random_bool(0.3) }
+}
+
+fn compare(rng: &mut StdRng, keys: usize, newest: i64) -> Compare {
+    let (key, range_end) = span(rng, keys);
+    let revision = if rng.random_bool(0.3) { 0 } else { rng.random_range(0..=newest) };
+    let (target, union) = match rng.random_range(0..5) {
+        0 => (0, TargetUnion::Version(rng.random_range(0..4))),
+        1 => (1, TargetUnion::CreateRevision(revision)),
+        2 => (2, TargetUnion::ModRevision(revision)),
+        3 => (3, TargetUnion::Value(Bytes::from_static(b"1."))),
+        _ => (4, TargetUnion::Lease(rng.random_range(0..5))),
+    };
+    let result = *[0, 1, 2, 3].choose(rng).expect("there are choices");
+    Compare { result, target, key, range_end, target_union: Some(union) }
+}
+
+fn shown(kind: &Kind) -> String {
+    match kind {
+        Kind::Write(request) => {
+            let text = format!("{request:?}");
+            let parts = text.split(", ").filter(|part| !part.ends_with("None") && !part.ends_with("None }"));
+            parts.collect::<Vec<_>>().join(", ").chars().take(400).collect()
+        }
+        Kind::Read(req) => {
+            format!("range {:?} to {:?} at {} serializable {}", req.key, req.range_end, req.revision, req.serializable)
+        }
+        Kind::Renew(lease) => format!("renew lease {lease}"),
+        Kind::Change(change) => format!("{change:?}"),
+    }
+}
+
+fn shown_answer(answer: &Answer) -> String {
+    format!("{answer:?}").chars().take(200).collect()
+}

@@ -1,0 +1,203 @@
+//! What goes wrong: each fault of a plan, carried out when its time has come, and how a lost member is replaced.
+
+use std::path::Path;
+
+use actd::{
+    cluster::Change,
+    wal::{
+        disk::Disk,
+        sim::{Fault as DiskFault, SimDisk},
+    },
+};
+use rand::RngExt;
+
+use super::{
+    client::Kind,
+    member::Member,
+    plan::{Fault, MS, SECOND},
+    world::{Event, World, cluster_member},
+};
+
+impl World {
+    pub fn fault(&mut self, fault: usize) {
+        if self.is_calm {
+            return;
+        }
+        let fault = self.plan.faults[fault].fault.clone();
+        self.say(|| format!("FAULT {fault:?}"));
+        self.stats.faults += 1;
+        let now = self.now;
+        match fault {
+            Fault::Crash { member, power, down } => self.crash_for(member, power, down),
+            Fault::CrashAll { power, down } => {
+                for m in 0..self.members.len() {
+                    self.crash_for(m, power, down);
+                }
+            }
+            Fault::Pause { member, for_ } => self.members[member].paused_until = now + for_,
+            Fault::Cut { links, for_ } => self.cut(&links, now + for_),
+            Fault::Lossy { loss, for_ } => self.set_loss(loss, now + for_),
+            Fault::SlowDisk { member, each, for_ } => self.members[member].slow = (each, now + for_),
+            Fault::DiskError { member, sync } => {
+                let kind = if sync { DiskFault::Sync } else { DiskFault::Write };
+                self.members[member].disk.fail(kind, 1);
+            }
+            Fault::DiskFull { member, for_ } => {
+                let room = self.rng.random_range(0..3_000);
+                self.members[member].disk.set_room(Some(room));
+                self.members[member].full_until = now + for_;
+                self.after(for_, Event::RoomAgain(member));
+            }
+            Fault::FlipLog { member, place, down } if self.may_lose(member) => {
+                self.crash_for(member, true, down);
+                if flip(&self.members[member].disk, place) {
+                    self.members[member].may_refuse = true;
+                    self.mark("a bit of the log flipped");
+                }
+            }
+            Fault::LoseSyncs { member, down } if self.may_lose(member) => {
+                self.crash_for(member, true, down);
+                if lose_syncs(&mut self.members[member]) {
+                    self.members[member].may_refuse = true;
+                    self.mark("a log lost what was synced");
+                }
+            }
+            Fault::FlipLog { .. } | Fault::LoseSyncs { .. } => {}
+            Fault::Transfer { to } => {
+                let id = self.members[to].id;
+                for m in 0..self.members.len() {
+                    if self.is_up(m) && self.process(m).raft.reading().is_leader && self.members[m].paused_until <= now
+                    {
+                        self.process(m).raft.transfer(id);
+                        self.turn(m);
+                        self.mark("leadership handed over");
+                    }
+                }
+            }
+            Fault::Defragment { member } => self.clean_all(member),
+            Fault::AddLearner => self.add_member(),
+            Fault::Promote => self.promote(),
+            Fault::Remove { member } => self.remove(member),
+            Fault::Clock { member, ahead_ms } => self.members[member].clock_ms += ahead_ms,
+        }
+    }
+
+    fn crash_for(&mut self, m: usize, power: bool, down: u64) {
+        if self.is_up(m) {
+            self.crash(m, power);
+            self.restart_after(m, down);
+        }
+    }
+
+    /// A cluster goes on without a member's data only if all others have theirs.
+    fn may_lose(&self, m: usize) -> bool {
+        let Some(members) = self.membership() else { return false };
+        let healthy = |id| self.index_of(id).is_some_and(|m| self.members[m].lost.is_none());
+        let voters: Vec<u64> = members.iter().filter(|member| !member.is_learner).map(|member| member.id).collect();
+        voters.len() >= 3 && voters.iter().all(|id| healthy(*id)) && voters.contains(&self.members[m].id)
+    }
+
+    /// A live member that an administrator may talk to.
+    fn some_member(&mut self) -> Option<usize> {
+        let up: Vec<usize> = (0..self.members.len()).filter(|m| self.is_up(*m)).collect();
+        (!up.is_empty()).then(|| up[self.rng.random_range(0..up.len())])
+    }
+
+    fn change(&mut self, change: Change) {
+        if let Some(m) = self.some_member() {
+            self.begin(None, m, Kind::Change(change));
+        }
+    }
+
+    /// A new member, first as a learner. It starts before or after the others know of it.
+    fn add_member(&mut self) {
+        let Some(members) = self.membership() else { return };
+        if members.iter().count() >= 6 || members.iter().any(|member| member.is_learner) {
+            return;
+        }
+        self.next_member += 1;
+        let id = self.next_member << 32 | self.next_member;
+        self.members.push(Member::new(id, true));
+        let m = self.members.len() - 1;
+        self.change(Change::Add(cluster_member(id, true)));
+        let delay = self.draw((10 * MS, 2 * SECOND));
+        self.restart_after(m, delay);
+        self.mark("learner added");
+    }
+
+    /// A learner that has come far enough becomes a voter.
+    fn promote(&mut self) {
+        let Some(members) = self.membership() else { return };
+        let executed = self.truth.executed;
+        for member in members.iter().filter(|member| member.is_learner) {
+            let Some(m) = self.index_of(member.id) else { continue };
+            if self.is_up(m) && self.process(m).applied * 10 >= executed * 9 {
+                self.change(Change::Promote(member.id));
+                self.mark("learner promoted");
+                return;
+            }
+        }
+    }
+
+    /// As the strict check has it: not if those who remain and are there are too few.
+    fn remove(&mut self, m: usize) {
+        let Some(members) = self.membership() else { return };
+        let id = self.members[m].id;
+        let voters = members.iter().filter(|member| !member.is_learner);
+        let others: Vec<u64> = voters.map(|member| member.id).filter(|other| *other != id).collect();
+        let there = others.iter().filter(|id| self.index_of(**id).is_some_and(|m| self.is_up(m))).count();
+        if members.get(id).is_some() && others.len() >= 2 && there > others.len() / 2 {
+            self.change(Change::Remove(id));
+            self.mark("member removed");
+        }
+    }
+
+    /// A member whose data is lost leaves for good; a new one comes in its place.
+    pub fn replace(&mut self, m: usize) {
+        let id = self.members[m].id;
+        let Some(members) = self.membership() else { return self.after(200 * MS, Event::Replace(m)) };
+        if members.get(id).is_some() {
+            self.change(Change::Remove(id));
+            return self.after(SECOND, Event::Replace(m));
+        }
+        if self.members[m].lost.as_deref() != Some("removed") && !members.iter().any(|member| member.is_learner) {
+            self.members[m].lost = Some("removed".to_owned());
+            self.add_member();
+        }
+    }
+}
+
+const LOG: &str = "/member/wal";
+
+/// Flips a bit in the older half of a log: in what was synced long ago.
+fn flip(disk: &SimDisk, place: u64) -> bool {
+    let Some((path, mut bytes)) = newest_segment(disk) else { return false };
+    let end = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+    // Not in the last records: whoever has not synced them may lose them.
+    if end < 2_000 {
+        return false;
+    }
+    let at = place as usize % (end / 2);
+    bytes[at] ^= 1 << (place >> 61);
+    disk.write(Path::new(&path), &bytes).is_ok()
+}
+
+fn newest_segment(disk: &SimDisk) -> Option<(String, Vec<u8>)> {
+    let mut names = disk.list(Path::new(LOG)).ok()?;
+    names.retain(|name| name.ends_with(".wal"));
+    names.sort();
+    let path = format!("{LOG}/{}", names.last()?);
+    let bytes = disk.read(Path::new(&path)).ok()?;
+    Some((path, bytes))
+}
+
+/// The end of the log is as if it had never been written, though the store has what it led to.
+fn lose_syncs(member: &mut Member) -> bool {
+    let Some((path, mut bytes)) = newest_segment(&member.disk) else { return false };
+    let end = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+    if end < 2_000 {
+        return false;
+    }
+    bytes[end / 2..].fill(0);
+    member.disk.write(Path::new(&path), &bytes).is_ok()
+}

@@ -1,0 +1,167 @@
+//! A whole cluster in one thread, on simulated network, disk and time, all from one seed. How to read and rerun a
+//! failure: README.md beside this file.
+
+mod client;
+mod faults;
+mod member;
+mod model;
+mod plan;
+mod requests;
+mod run;
+mod truth;
+mod watcher;
+mod watching;
+mod world;
+
+use std::{
+    collections::BTreeMap,
+    sync::atomic::{AtomicU64, Ordering},
+    time::{Duration, Instant},
+};
+
+use actd::sim::Bug;
+
+use plan::{Plan, SECOND};
+use run::{Report, run, shrunk};
+
+fn variable(name: &str) -> Option<u64> {
+    let text = std::env::var(name).ok()?;
+    Some(text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
+}
+
+/// Seeds that CI runs.
+const SEEDS: u64 = 2_000;
+
+/// Runs seeds from `first` on, on all cores, until there are enough of them.
+fn many(first: u64, seeds: u64, seconds: Option<u64>) -> (Report, Duration) {
+    let began = Instant::now();
+    let next = AtomicU64::new(first);
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let work = || {
+        let mut total = Report::default();
+        loop {
+            let seed = next.fetch_add(1, Ordering::Relaxed);
+            let is_over = match seconds {
+                Some(seconds) => began.elapsed() >= Duration::from_secs(seconds),
+                None => seed >= first + seeds,
+            };
+            if is_over {
+                return Ok(total);
+            }
+            match run(&Plan::new(seed), None) {
+                Ok(report) => total.add(&report),
+                Err(failure) => return Err((seed, failure)),
+            }
+        }
+    };
+    let results: Vec<_> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+        threads.into_iter().map(|thread| thread.join().expect("failures are results")).collect()
+    });
+    let mut total = Report::default();
+    for result in results {
+        match result {
+            Ok(report) => total.add(&report),
+            Err((seed, failure)) => panic!("seed {seed}: {failure}\n{}", shrunk(&Plan::new(seed), None)),
+        }
+    }
+    (total, began.elapsed())
+}
+
+#[test]
+fn no_seed_breaks_a_promise() {
+    run::quiet();
+    if let Some(seed) = variable("SIM_SEED") {
+        match run(&Plan::new(seed), None) {
+            Ok(report) => println!("seed {seed}: {report}"),
+            Err(failure) => panic!("seed {seed}: {failure}\n{}", shrunk(&Plan::new(seed), None)),
+        }
+        return;
+    }
+    let first = variable("SIM_FIRST").unwrap_or(0);
+    let seeds = variable("SIM_SEEDS").unwrap_or(if cfg!(debug_assertions) { SEEDS / 20 } else { SEEDS });
+    let (total, took) = many(first, seeds, variable("SIM_SECONDS"));
+    let simulated = total.simulated / SECOND;
+    println!("{total}");
+    println!(
+        "{simulated} s simulated in {:.1} s: {:.0} times real time",
+        took.as_secs_f64(),
+        simulated as f64 / took.as_secs_f64()
+    );
+    if variable("SIM_SECONDS").is_none() && first == 0 && seeds >= 100 {
+        assert!(total.simulated >= 20 * SECOND * total.seeds, "seeds run for 20 s each");
+        assert!(total.calls >= 300 * total.seeds && total.faults >= 3 * total.seeds, "seeds are too quiet");
+        for branch in RARE {
+            assert!(total.marks.get(branch).is_some_and(|count| *count > 0), "no seed reached: {branch}");
+        }
+    }
+}
+
+/// What the seeds of CI must reach.
+const RARE: [&str; 13] = [
+    "snapshot installed",
+    "snapshot during an election",
+    "snapshot send interrupted",
+    "a second snapshot while one is taken in",
+    "compaction goes on after a restart",
+    "torn end of the log is cut",
+    "the log's disk failed",
+    "damaged data is refused at start",
+    "slow watcher falls behind",
+    "a watch hub saw the revision jump",
+    "lease ran out",
+    "learner promoted",
+    "leadership handed over",
+];
+
+#[test]
+fn one_seed_is_one_run() {
+    run::quiet();
+    for seed in [1, 7, 33, 64, 99] {
+        let digests: Vec<u64> = (0..2)
+            .map(|_| match run(&Plan::new(seed), None) {
+                Ok(report) => report.digest,
+                Err(failure) => panic!("seed {seed}: {failure}"),
+            })
+            .collect();
+        println!("seed {seed}: digest {:016x}", digests[0]);
+        assert_eq!(digests[0], digests[1], "seed {seed} ran differently");
+    }
+}
+
+/// Seeds within which each bug must be found.
+const BUDGET: u64 = 300;
+
+#[test]
+fn every_seeded_bug_is_found() {
+    run::quiet();
+    let only = std::env::var("SIM_BUG").ok();
+    let mut found = BTreeMap::new();
+    let bugs: Vec<Bug> =
+        Bug::ALL.into_iter().filter(|bug| only.as_ref().is_none_or(|only| *only == format!("{bug:?}"))).collect();
+    let next = AtomicU64::new(0);
+    let work = || {
+        let mut found = Vec::new();
+        while let Some(bug) = bugs.get(next.fetch_add(1, Ordering::Relaxed) as usize) {
+            let hit =
+                (0..BUDGET).find_map(|seed| run(&Plan::new(seed), Some(*bug)).err().map(|e| (seed, e.to_string())));
+            found.push((format!("{bug:?}"), hit));
+        }
+        found
+    };
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+        for thread in threads {
+            found.extend(thread.join().expect("failures are results"));
+        }
+    });
+    let mut missed = Vec::new();
+    for (bug, hit) in &found {
+        match hit {
+            Some((seed, text)) => println!("{bug:<26} after {:>3} seeds: {text}", seed + 1),
+            None => missed.push(bug),
+        }
+    }
+    assert!(missed.is_empty(), "not found within {BUDGET} seeds: {missed:?}");
+}

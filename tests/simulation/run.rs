@@ -1,0 +1,204 @@
+//! One run from its plan to its verdict, and how a plan that fails is made small.
+
+use std::{
+    cell::Cell,
+    collections::BTreeMap,
+    fmt,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Once,
+};
+
+use actd::sim::{self, Bug};
+
+use super::{
+    plan::{Plan, SECOND},
+    world::World,
+};
+
+/// Totals of one run or many.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    pub seeds: u64,
+    pub simulated: u64,
+    pub events: u64,
+    pub calls: u64,
+    pub faults: u64,
+    pub entries: u64,
+    pub checks: u64,
+    pub watched: u64,
+    pub marks: BTreeMap<&'static str, u64>,
+    /// Of the last run.
+    pub digest: u64,
+}
+
+impl Report {
+    pub fn add(&mut self, other: &Report) {
+        self.seeds += other.seeds;
+        self.simulated += other.simulated;
+        self.events += other.events;
+        self.calls += other.calls;
+        self.faults += other.faults;
+        self.entries += other.entries;
+        self.checks += other.checks;
+        self.watched += other.watched;
+        for (branch, count) in &other.marks {
+            *self.marks.entry(branch).or_default() += count;
+        }
+        self.digest = other.digest;
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "{} seeds, {} s simulated, {} events, {} calls, {} faults, {} entries, {} answers and states compared, {} watch \
+             events, digest {:016x}",
+            self.seeds,
+            self.simulated / SECOND,
+            self.events,
+            self.calls,
+            self.faults,
+            self.entries,
+            self.checks,
+            self.watched,
+            self.digest
+        )?;
+        for (branch, count) in &self.marks {
+            writeln!(f, "  {count:>8} × {branch}")?;
+        }
+        Ok(())
+    }
+}
+
+/// Why a run failed.
+#[derive(Clone, Debug)]
+pub struct Failure {
+    pub text: String,
+    pub timeline: Vec<String>,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let text: String = self.text.chars().take(600).collect();
+        f.write_str(text.trim_end())
+    }
+}
+
+thread_local! {
+    static IS_SIMULATED: Cell<bool> = const { Cell::new(false) };
+    static PLACE: Cell<String> = const { Cell::new(String::new()) };
+}
+
+/// Panics in runs are results: they are told once, by who asked for the run.
+pub fn quiet() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let before = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            if IS_SIMULATED.get() {
+                PLACE.set(info.location().map(ToString::to_string).unwrap_or_default());
+            } else {
+                before(info);
+            }
+        }));
+    });
+}
+
+/// How long the cluster may take to heal when faults are over, and leases to run out.
+const HEAL: u64 = 40 * SECOND;
+
+pub fn run(plan: &Plan, bug: Option<Bug>) -> Result<Report, Failure> {
+    attempt(plan, bug, false)
+}
+
+fn attempt(plan: &Plan, bug: Option<Bug>, verbose: bool) -> Result<Report, Failure> {
+    sim::seed(bug);
+    let _ = sim::take_marks();
+    IS_SIMULATED.set(true);
+    let mut world = World::new(plan.clone(), verbose);
+    let done = catch_unwind(AssertUnwindSafe(|| live(&mut world)));
+    IS_SIMULATED.set(false);
+    sim::seed(None);
+    let timeline = world.timeline.take().map(Vec::from).unwrap_or_default();
+    if let Err(panic) = done {
+        let text = panic.downcast_ref::<String>().cloned();
+        let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default();
+        return Err(Failure { text: format!("{text} ({})", PLACE.take()), timeline });
+    }
+    let mut marks = sim::take_marks();
+    for (branch, count) in &world.stats.marks {
+        *marks.entry(branch).or_default() += count;
+    }
+    Ok(Report {
+        seeds: 1,
+        simulated: world.now,
+        events: world.stats.events,
+        calls: world.stats.calls,
+        faults: world.stats.faults,
+        entries: world.truth.executed,
+        checks: world.truth.checked,
+        watched: world.watchers.iter().map(|watcher| watcher.counts.events).sum(),
+        marks,
+        digest: world.digest(),
+    })
+}
+
+fn live(world: &mut World) {
+    let until = world.plan.until;
+    world.run(until, |_| false);
+    // Faults are over.
+    world.is_calm = true;
+    world.heal();
+    world.say(|| "CALM: no more faults".to_owned());
+    for m in 0..world.members.len() {
+        world.members[m].disk.set_room(None);
+        world.members[m].paused_until = 0;
+        if !world.is_up(m) && world.members[m].restart_at.is_none() {
+            world.restart_after(m, 0);
+        }
+    }
+    let end = world.now + HEAL;
+    world.run(world.now + 2 * SECOND, |_| false);
+    world.is_closing = true;
+    assert!(world.run(end, World::is_idle), "calls do not end");
+    assert!(world.run(end, World::is_healed), "the cluster does not heal");
+    let leases = |world: &World| world.is_healed() && world.truth.model.leases.is_empty();
+    assert!(world.run(end, leases), "leases do not run out: {:?}", world.truth.model.leases);
+    // Watchers take what is left, and come to life where they were cut off.
+    let done = |world: &World| world.watchers.iter().all(|watcher| watcher.is_done(&world.truth.model));
+    world.run(world.now + HEAL, done);
+    world.run((world.now + SECOND).max(20 * SECOND), |_| false);
+    assert!(world.is_healed(), "the cluster does not stay healed");
+    world.finish();
+}
+
+/// The plan with as few faults as still fail, and what happened last in that run.
+pub fn shrunk(plan: &Plan, bug: Option<Bug>) -> String {
+    if std::env::var_os("SIM_NO_SHRINK").is_some() {
+        return String::new();
+    }
+    let mut plan = plan.clone();
+    let mut pieces = 2;
+    while pieces <= 2 * plan.faults.len().max(1) {
+        let size = plan.faults.len().div_ceil(pieces).max(1);
+        let without = (0..plan.faults.len()).step_by(size).find_map(|from| {
+            let mut smaller = plan.clone();
+            smaller.faults.drain(from..(from + size).min(smaller.faults.len()));
+            run(&smaller, bug).is_err().then_some(smaller)
+        });
+        match without {
+            Some(smaller) => plan = smaller,
+            None => pieces *= 2,
+        }
+    }
+    let Err(failure) = attempt(&plan, bug, true) else { return "it does not fail again".to_owned() };
+    let faults: Vec<String> = plan.faults.iter().map(ToString::to_string).collect();
+    format!(
+        "settings: {:?}\n\nfaults that are enough:\n{}\n\nwhat happened last:\n{}\n\n{}",
+        plan.config,
+        faults.join("\n"),
+        failure.timeline.join("\n"),
+        failure.text
+    )
+}

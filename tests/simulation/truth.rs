@@ -1,0 +1,263 @@
+//! What must hold of all members together: one log, one meaning, one order in real time.
+//!
+//! The log itself is the witness of the order in which things took effect, so no search for an order is needed: each
+//! answer must be the one that the model gives at the request's place in the log, and places must agree with real time.
+
+use std::collections::{BTreeMap, HashMap};
+
+use actd::{
+    apply::{Error, Response},
+    pb::etcdserverpb::{InternalRaftRequest, RangeRequest, RangeResponse},
+};
+use bytes::Bytes;
+use prost::Message;
+
+use super::model::Model;
+
+/// A point in the log: operations that have ended stand at or before it.
+pub type Place = u64;
+
+pub struct Truth {
+    /// Term and content of each entry that some member has applied.
+    entries: BTreeMap<u64, (u64, Bytes)>,
+    /// Everything up to here is executed.
+    pub executed: u64,
+    pub model: Model,
+    /// Outcome and index of each request, by its id.
+    outcomes: HashMap<u64, (u64, Result<Response, Error>)>,
+    /// The entry that made each revision, and the revision after each entry.
+    made_at: BTreeMap<i64, u64>,
+    revision_after: BTreeMap<u64, i64>,
+    compacted_after: BTreeMap<u64, i64>,
+    /// Where each lease was revoked last.
+    pub revoked: Vec<(i64, u64)>,
+    /// The first hash of the state at an index, and whose it was.
+    hashes: BTreeMap<u64, (u64, u64)>,
+    /// The leader of each term.
+    leaders: BTreeMap<u64, u64>,
+    /// What has ended stands at or before this place.
+    ended: Place,
+    pub checked: u64,
+}
+
+impl Truth {
+    pub fn new(min_ttl: i64) -> Self {
+        Self {
+            entries: BTreeMap::new(),
+            executed: 0,
+            model: Model::new(min_ttl),
+            outcomes: HashMap::new(),
+            made_at: BTreeMap::from([(1, 0)]),
+            revision_after: BTreeMap::from([(0, 1)]),
+            compacted_after: BTreeMap::from([(0, -1)]),
+            revoked: Vec::new(),
+            hashes: BTreeMap::new(),
+            leaders: BTreeMap::new(),
+            ended: 0,
+            checked: 0,
+        }
+    }
+
+    /// Some member applies an entry. Members apply without gaps, so the first to come here executes the model.
+    pub fn applied(&mut self, member: u64, index: u64, term: u64, data: &Bytes, conf_change: bool) {
+        if let Some((other_term, other)) = self.entries.get(&index) {
+            assert!(
+                *other_term == term && other == data,
+                "entry {index} of member {member:x} (term {term}) is not what was applied elsewhere (term {other_term})"
+            );
+            return;
+        }
+        assert_eq!(index, self.executed + 1, "entry {index} is applied before the one below it anywhere");
+        self.entries.insert(index, (term, data.clone()));
+        self.executed = index;
+        if !conf_change && !data.is_empty() {
+            let request = InternalRaftRequest::decode(data.clone()).expect("entries decode");
+            let before = self.model.revision;
+            let outcome = self.model.execute(&request);
+            if self.model.revision > before {
+                self.made_at.insert(self.model.revision, index);
+            }
+            if let (Some(revoke), Ok(_)) = (&request.lease_revoke, &outcome) {
+                self.revoked.push((revoke.id, request.header.as_ref().map_or(0, |h| h.id)));
+            }
+            let id = request.header.as_ref().map_or(0, |h| h.id);
+            assert!(self.outcomes.insert(id, (index, outcome)).is_none(), "request {id:x} is in the log twice");
+        }
+        self.revision_after.insert(index, self.model.revision);
+        self.compacted_after.insert(index, self.model.compacted);
+    }
+
+    /// A member's state at an index.
+    pub fn state(&mut self, member: u64, index: u64, hash: u64) {
+        let (first, other) = *self.hashes.entry(index).or_insert((hash, member));
+        assert_eq!(first, hash, "members {member:x} and {other:x} differ in state at index {index}");
+        self.checked += 1;
+    }
+
+    pub fn leads(&mut self, member: u64, term: u64) {
+        let leader = *self.leaders.entry(term).or_insert(member);
+        assert_eq!(leader, member, "two leaders of term {term}");
+    }
+
+    /// What an operation that begins now must not stand before.
+    pub fn begin(&self) -> Place {
+        self.ended
+    }
+
+    /// A write was answered.
+    pub fn written(&mut self, id: u64, floor: Place, answer: &Result<Response, Error>) {
+        let Some((index, expected)) = self.outcomes.get(&id) else {
+            panic!("request {id:x} was answered with {answer:?}, but is in no log");
+        };
+        assert_eq!(answer, expected, "request {id:x} at index {index}");
+        assert!(*index > floor, "request {id:x} at index {index} began after index {floor} had been answered");
+        self.ended = self.ended.max(*index);
+        self.checked += 1;
+    }
+
+    /// A request that was refused as a whole.
+    pub fn refused(&self, id: u64) {
+        assert!(!self.outcomes.contains_key(&id), "request {id:x} was refused and yet is in the log");
+    }
+
+    /// A range was answered. A linearizable one must know of everything that had ended when it began.
+    pub fn read(&mut self, req: &RangeRequest, floor: Place, answer: &RangeResponse) {
+        let newest = answer.header.as_ref().map_or(0, |h| h.revision);
+        let Some(&made_at) = self.made_at.get(&newest) else {
+            panic!("a range was answered at revision {newest}, which no entry made");
+        };
+        // The reader's compact revision is not told; one that answers has not compacted what it reads.
+        let expected = self.model.range(req, newest, -1).expect("the reader knows its own revision");
+        assert_eq!(*answer, expected, "{req:?}");
+        if !req.serializable {
+            let least = *self.revision_after.range(..=floor).next_back().expect("there is a first").1;
+            assert!(newest >= least, "a read began after revision {least} was known, and is at {newest}: {req:?}");
+            self.ended = self.ended.max(made_at);
+        }
+        self.checked += 1;
+    }
+
+    /// A range was refused.
+    pub fn read_refused(&self, req: &RangeRequest, error: &Error) {
+        match error {
+            Error::Compacted => {
+                assert!(req.revision > 0 && req.revision < self.model.compacted, "nobody compacted {}", req.revision);
+            }
+            Error::FutureRev => assert!(req.revision > 1, "revision {} is no future one", req.revision),
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use actd::pb::etcdserverpb::{PutRequest, RequestHeader};
+
+    fn put(id: u64, value: &str) -> Bytes {
+        let put = PutRequest { key: "k".into(), value: value.to_owned().into(), ..Default::default() };
+        let header = Some(RequestHeader { id, ..Default::default() });
+        InternalRaftRequest { header, put: Some(put), ..Default::default() }.encode_to_vec().into()
+    }
+
+    fn two_puts() -> Truth {
+        let mut truth = Truth::new(2);
+        truth.applied(1, 1, 1, &put(11, "a"), false);
+        truth.applied(1, 2, 1, &put(12, "b"), false);
+        truth
+    }
+
+    fn get(truth: &Truth, newest: i64) -> (RangeRequest, RangeResponse) {
+        let req = RangeRequest { key: "k".into(), ..Default::default() };
+        let answer = truth.model.range(&req, newest, -1).unwrap();
+        (req, answer)
+    }
+
+    fn answer_of(truth: &Truth, id: u64) -> Result<Response, Error> {
+        truth.outcomes[&id].1.clone()
+    }
+
+    fn fails(check: impl FnOnce() + std::panic::UnwindSafe) -> String {
+        let panic = std::panic::catch_unwind(check).expect_err("the history is bad");
+        panic.downcast_ref::<String>().cloned().unwrap_or_default()
+    }
+
+    #[test]
+    fn good_histories_pass() {
+        let mut truth = two_puts();
+        truth.applied(2, 1, 1, &put(11, "a"), false);
+        let begin = truth.begin();
+        // Side by side: answered in the other order.
+        let answer = answer_of(&truth, 12);
+        truth.written(12, begin, &answer);
+        let answer = answer_of(&truth, 11);
+        truth.written(11, begin, &answer);
+        // A read beside them may see less, one after them may not.
+        let (req, old) = get(&truth, 2);
+        truth.read(&req, begin, &old);
+        let (req, new) = get(&truth, 3);
+        truth.read(&req, truth.begin(), &new);
+        let serializable = RangeRequest { serializable: true, ..req };
+        truth.read(&serializable, truth.begin(), &old);
+        truth.refused(99);
+    }
+
+    #[test]
+    fn stale_reads_are_found() {
+        let mut truth = two_puts();
+        let answer = answer_of(&truth, 12);
+        truth.written(12, 0, &answer);
+        let (req, old) = get(&truth, 2);
+        let floor = truth.begin();
+        let text = fails(std::panic::AssertUnwindSafe(|| truth.read(&req, floor, &old)));
+        assert!(text.contains("a read began after revision 3"), "{text}");
+    }
+
+    #[test]
+    fn reads_that_go_back_are_found() {
+        let mut truth = two_puts();
+        let (req, new) = get(&truth, 3);
+        truth.read(&req, 0, &new);
+        let (req, old) = get(&truth, 2);
+        let floor = truth.begin();
+        let text = fails(std::panic::AssertUnwindSafe(|| truth.read(&req, floor, &old)));
+        assert!(text.contains("is at 2"), "{text}");
+    }
+
+    #[test]
+    fn lost_doubled_and_divergent_writes_are_found() {
+        let mut truth = two_puts();
+        let text = fails(std::panic::AssertUnwindSafe(|| truth.written(13, 0, &Ok(Response::Done))));
+        assert!(text.contains("is in no log"), "{text}");
+        let text = fails(std::panic::AssertUnwindSafe(|| truth.applied(1, 3, 1, &put(12, "b"), false)));
+        assert!(text.contains("in the log twice"), "{text}");
+        let mut truth = two_puts();
+        let text = fails(std::panic::AssertUnwindSafe(|| truth.applied(2, 2, 2, &put(13, "c"), false)));
+        assert!(text.contains("is not what was applied elsewhere"), "{text}");
+        let text = fails(std::panic::AssertUnwindSafe(|| truth.refused(11)));
+        assert!(text.contains("was refused and yet"), "{text}");
+    }
+
+    #[test]
+    fn wrong_answers_and_late_places_are_found() {
+        let mut truth = two_puts();
+        let other = answer_of(&truth, 11);
+        fails(std::panic::AssertUnwindSafe(|| truth.written(12, 0, &other)));
+        let answer = answer_of(&truth, 12);
+        truth.written(12, 0, &answer);
+        // It began after index 2 was answered, yet stands before it.
+        let floor = truth.begin();
+        let text = fails(std::panic::AssertUnwindSafe(|| truth.written(11, floor, &other)));
+        assert!(text.contains("began after index 2"), "{text}");
+    }
+
+    #[test]
+    fn two_leaders_of_one_term_and_two_states_are_found() {
+        let mut truth = two_puts();
+        truth.leads(1, 5);
+        truth.leads(1, 5);
+        fails(std::panic::AssertUnwindSafe(|| truth.leads(2, 5)));
+        truth.state(1, 2, 77);
+        fails(std::panic::AssertUnwindSafe(|| truth.state(2, 2, 78)));
+    }
+}

@@ -1,0 +1,266 @@
+//! A client that watches, and what it was promised: what comes is ordered, unique, whole by revision, nothing is left
+//! out, reports of progress are true, and it can go on elsewhere where it was cut off (W-13 to W-18, H-5 to H-8, H-14,
+//! H-15).
+
+use std::collections::{BTreeMap, VecDeque};
+
+use actd::{
+    mvcc::record::KeyValue,
+    pb::etcdserverpb::watch_request::RequestUnion,
+    pb::etcdserverpb::{WatchCancelRequest, WatchCreateRequest, WatchProgressRequest, WatchRequest, WatchResponse},
+    watch::StreamId,
+};
+use bytes::Bytes;
+use prost::Message;
+use rand::{RngExt, rngs::StdRng};
+
+use super::model::Model;
+
+pub struct Watcher {
+    /// The member, its process and the stream there.
+    pub at: Option<(usize, u64, StreamId)>,
+    watches: Vec<Watch>,
+    /// By the id that the member gave.
+    by_id: BTreeMap<i64, usize>,
+    creating: VecDeque<usize>,
+    cancelling: VecDeque<i64>,
+    /// Responses on their way: when they arrive, and their encoded size.
+    pub queue: VecDeque<(u64, WatchResponse, usize)>,
+    /// Requests on their way to the member.
+    pub requests: VecDeque<WatchRequest>,
+    asked: usize,
+    answered: usize,
+    pub counts: Counts,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Counts {
+    pub events: u64,
+    pub progress: u64,
+    pub compacted: u64,
+    pub resumed: u64,
+}
+
+struct Watch {
+    key: Bytes,
+    end: Bytes,
+    prev_kv: bool,
+    /// Everything below has been seen; 0: it has never begun.
+    next: i64,
+    /// It began by itself at this revision, which may be in the future.
+    start: i64,
+    id: Option<i64>,
+}
+
+impl Watcher {
+    pub fn new(rng: &mut StdRng, key: impl Fn(&mut StdRng) -> Bytes) -> Self {
+        let watches = (0..rng.random_range(1..=3)).map(|_| {
+            let (a, b) = (key(rng), key(rng));
+            let (key, end) = match rng.random_range(0..4) {
+                0 => (a, Bytes::new()),
+                1 => (Bytes::from_static(b"\0"), Bytes::from_static(b"\0")),
+                2 => (a, Bytes::from_static(b"\0")),
+                _ if a < b => (a, b),
+                _ => (b, Bytes::from_static(b"\0")),
+            };
+            Watch { key, end, prev_kv: rng.random_bool(0.4), next: 0, start: 0, id: None }
+        });
+        Self {
+            at: None,
+            watches: watches.collect(),
+            by_id: BTreeMap::new(),
+            creating: VecDeque::new(),
+            cancelling: VecDeque::new(),
+            queue: VecDeque::new(),
+            requests: VecDeque::new(),
+            asked: 0,
+            answered: 0,
+            counts: Counts::default(),
+        }
+    }
+
+    /// The connection is gone.
+    pub fn cut_off(&mut self) {
+        self.at = None;
+        self.by_id.clear();
+        self.creating.clear();
+        self.cancelling.clear();
+        self.queue.clear();
+        self.requests.clear();
+        self.watches.iter_mut().for_each(|watch| watch.id = None);
+        (self.asked, self.answered) = (0, 0);
+    }
+
+    /// What to ask next; `newest` is a revision that exists somewhere. In the end only what brings all watches to life.
+    pub fn next_request(&mut self, rng: &mut StdRng, newest: i64, is_closing: bool) -> Option<WatchRequest> {
+        if let Some(at) =
+            (0..self.watches.len()).find(|at| self.watches[*at].id.is_none() && !self.creating.contains(at))
+        {
+            let watch = &mut self.watches[at];
+            let start_revision = if watch.next > 0 {
+                self.counts.resumed += 1;
+                watch.next
+            } else {
+                match rng.random_range(0..4) {
+                    0 => rng.random_range(1..=newest),
+                    1 if !is_closing => newest + rng.random_range(1..40),
+                    _ => 0,
+                }
+            };
+            watch.start = start_revision;
+            self.creating.push_back(at);
+            let create = WatchCreateRequest {
+                key: watch.key.clone(),
+                range_end: watch.end.clone(),
+                start_revision,
+                progress_notify: rng.random_bool(0.5),
+                prev_kv: watch.prev_kv,
+                ..Default::default()
+            };
+            return Some(WatchRequest { request_union: Some(RequestUnion::CreateRequest(create)) });
+        }
+        if is_closing {
+            return None;
+        }
+        if rng.random_bool(0.6) {
+            self.asked += 1;
+            let ask = WatchProgressRequest {};
+            return Some(WatchRequest { request_union: Some(RequestUnion::ProgressRequest(ask)) });
+        }
+        let ids: Vec<i64> = self.by_id.keys().copied().filter(|id| !self.cancelling.contains(id)).collect();
+        if ids.is_empty() || rng.random_bool(0.7) {
+            return None;
+        }
+        let watch_id = ids[rng.random_range(0..ids.len())];
+        self.cancelling.push_back(watch_id);
+        let cancel = WatchCancelRequest { watch_id };
+        Some(WatchRequest { request_union: Some(RequestUnion::CancelRequest(cancel)) })
+    }
+
+    pub fn on_response(&mut self, model: &Model, response: &WatchResponse) {
+        let header = response.header.as_ref().expect("every response has a header");
+        let id = response.watch_id;
+        if response.created {
+            let at = self.creating.pop_front().expect("each create has one answer");
+            assert!(!response.canceled, "a good watch was refused: {response:?}");
+            let watch = &mut self.watches[at];
+            watch.id = Some(id);
+            watch.next = if watch.start == 0 { header.revision + 1 } else { watch.start };
+            assert!(self.by_id.insert(id, at).is_none(), "watch id {id} is in use");
+        } else if response.canceled && response.compact_revision != 0 {
+            let at = self.by_id.remove(&id).expect("only a watch is cancelled");
+            let watch = &mut self.watches[at];
+            assert!(
+                watch.next < response.compact_revision,
+                "cancelled at {} though {} can be read, watch {id}",
+                response.compact_revision,
+                watch.next
+            );
+            assert!(response.compact_revision <= model.compacted, "nobody compacted {}", response.compact_revision);
+            // It may go on from there, and so knows nothing of what was compacted.
+            watch.next = response.compact_revision;
+            watch.id = None;
+            self.counts.compacted += 1;
+        } else if response.canceled {
+            assert_eq!(self.cancelling.pop_front(), Some(id), "a watch was cancelled that nobody cancelled");
+            if let Some(at) = self.by_id.remove(&id) {
+                self.watches[at].id = None;
+            }
+        } else if !response.events.is_empty() {
+            let watch = &mut self.watches[self.by_id[&id]];
+            self.counts.events += response.events.len() as u64;
+            watch.on_events(model, response, header.revision);
+        } else {
+            self.counts.progress += 1;
+            if id == -1 {
+                self.answered += 1;
+                assert!(self.answered <= self.asked, "a report that nobody asked for");
+                for at in self.by_id.values() {
+                    self.watches[*at].on_progress(model, header.revision);
+                }
+            } else {
+                self.watches[self.by_id[&id]].on_progress(model, header.revision);
+            }
+        }
+    }
+
+    /// All watches live and have seen everything.
+    pub fn is_done(&self, model: &Model) -> bool {
+        let missing =
+            |watch: &Watch| model.history(&watch.key, &watch.end, watch.next, model.revision).next().is_some();
+        self.watches.iter().all(|watch| watch.id.is_some() && !missing(watch))
+    }
+
+    /// Everything has been delivered.
+    pub fn finish(&self, model: &Model) {
+        for watch in &self.watches {
+            assert!(watch.id.is_some(), "a watch did not come to life in the end");
+            let missing = model.history(&watch.key, &watch.end, watch.next, model.revision).next();
+            assert!(missing.is_none(), "a watch of {:?} from {} on never saw {missing:?}", watch.key, watch.next);
+        }
+    }
+}
+
+impl Watch {
+    fn on_events(&mut self, model: &Model, response: &WatchResponse, revision: i64) {
+        let events: Vec<mvccpb_event::Event> = response.events.iter().map(|raw| mvccpb_event::decode(&raw.0)).collect();
+        let newest = events.last().map_or(0, |event| event.kv.mod_revision);
+        assert!(revision >= newest, "the header is behind its events");
+        // Ordered, unique, reliable, resumable and atomic at once: exactly what comes next, and all of each revision.
+        let due: Vec<_> = model.history(&self.key, &self.end, self.next, newest).collect();
+        let shown: Vec<_> = due.iter().map(|c| (c.revision, &c.key, c.kv.as_ref())).collect();
+        let got: Vec<_> = events
+            .iter()
+            .map(|event| (event.kv.mod_revision, &event.kv.key, (!event.delete).then_some(&event.kv)))
+            .collect();
+        assert_eq!(got, shown, "a watch of {:?} to {:?} from {} on", self.key, self.end, self.next);
+        for (event, change) in events.iter().zip(&due) {
+            let before = model.at(&change.key, change.revision - 1);
+            match &event.prev {
+                Some(prev) => assert!(self.prev_kv && Some(prev) == before, "wrong previous value of {change:?}"),
+                // What was before a compacted revision may be gone.
+                None => assert!(
+                    !self.prev_kv || before.is_none() || change.revision <= model.compacted,
+                    "no previous value of {change:?}"
+                ),
+            }
+        }
+        self.next = newest + 1;
+    }
+
+    fn on_progress(&mut self, model: &Model, revision: i64) {
+        assert!(self.start <= revision, "progress {revision} before the start at {}", self.start);
+        assert!(revision <= model.revision, "progress {revision} is of the future");
+        assert!(self.next <= revision + 1, "progress {revision} goes back behind {}", self.next);
+        let missing = model.history(&self.key, &self.end, self.next, revision).next();
+        assert!(missing.is_none(), "progress {revision} overtakes {missing:?}");
+        self.next = revision + 1;
+    }
+}
+
+/// Events as clients decode them.
+mod mvccpb_event {
+    use super::{Bytes, KeyValue, Message};
+
+    #[derive(Clone, PartialEq, Message)]
+    struct Wire {
+        #[prost(int32, tag = "1")]
+        kind: i32,
+        #[prost(message, optional, tag = "2")]
+        kv: Option<KeyValue>,
+        #[prost(message, optional, tag = "3")]
+        prev_kv: Option<KeyValue>,
+    }
+
+    #[derive(Debug)]
+    pub struct Event {
+        pub delete: bool,
+        pub kv: KeyValue,
+        pub prev: Option<KeyValue>,
+    }
+
+    pub fn decode(raw: &Bytes) -> Event {
+        let wire = Wire::decode(raw.clone()).expect("events decode");
+        Event { delete: wire.kind == 1, kv: wire.kv.expect("an event has a record"), prev: wire.prev_kv }
+    }
+}
