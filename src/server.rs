@@ -3,6 +3,7 @@
 mod compactor;
 mod corruption;
 mod data;
+mod discovery;
 mod join;
 mod lessor;
 mod peers;

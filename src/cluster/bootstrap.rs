@@ -86,15 +86,27 @@ impl InitialCluster {
         Ok(Self { members })
     }
 
+    /// One member alone; without URLs it is none.
+    pub fn of_one(name: &str, urls: &[String]) -> Self {
+        let mut urls = urls.to_vec();
+        urls.sort_unstable();
+        let members = (!urls.is_empty()).then(|| (name.to_owned(), urls));
+        Self { members: members.into_iter().collect() }
+    }
+
     /// Whether there is a member `name`, and each URL belongs to one member only.
     pub fn check(&self, name: &str) -> Result<(), Error> {
         self.own_urls(name)?;
-        let mut all: Vec<&String> = self.members.values().flatten().collect();
-        all.sort_unstable();
-        match all.windows(2).any(|pair| pair[0] == pair[1]) {
+        match self.has_duplicate_url() {
             true => Err(Error::DuplicateUrl(self.to_string())),
             false => Ok(()),
         }
+    }
+
+    pub fn has_duplicate_url(&self) -> bool {
+        let mut all: Vec<&String> = self.members.values().flatten().collect();
+        all.sort_unstable();
+        all.windows(2).any(|pair| pair[0] == pair[1])
     }
 
     /// Whether the member `name`, which tells others `advertised` (in any order), may begin a cluster with this. URLs

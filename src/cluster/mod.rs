@@ -3,6 +3,7 @@
 //! * [`Members`] is the replicated part, owned by apply and changed only by log entries.
 //! * [`conf_change`] reads and writes what a membership change carries in its entry.
 //! * [`bootstrap`] checks `--initial-cluster` and makes a founding member's first log entries.
+//! * [`discovery`] makes such a list of what another cluster says.
 //! * [`reconfig`] says whether a change of the voters is safe enough to be tried.
 //! * [`ids`] computes member, cluster and request ids.
 //!
@@ -10,6 +11,7 @@
 
 pub mod bootstrap;
 pub mod conf_change;
+pub mod discovery;
 pub mod ids;
 mod json;
 mod members;
