@@ -4,9 +4,11 @@ mod compactor;
 mod corruption;
 mod data;
 mod discovery;
+mod dns;
 mod join;
 mod lessor;
 mod peers;
+mod srv;
 mod versions;
 
 use std::sync::{

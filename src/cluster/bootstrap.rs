@@ -169,6 +169,10 @@ impl InitialCluster {
         self.members.values().flatten().map(String::as_str)
     }
 
+    pub fn has_member(&self, name: &str) -> bool {
+        self.members.contains_key(name)
+    }
+
     fn own_urls(&self, name: &str) -> Result<&Vec<String>, Error> {
         self.members.get(name).ok_or_else(|| Error::UnknownName(name.to_owned()))
     }

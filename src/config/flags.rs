@@ -156,7 +156,6 @@ const fn ignored(name: &'static str) -> Flag {
 }
 
 const LIMITS: &str = "5s is kept between members, whatever is given";
-const SRV: &str = "DNS SRV records";
 const TLS: &str = "TLS";
 const AUTH: &str = "users and roles";
 const GATEWAY: &str = "the JSON gateway";
@@ -304,9 +303,9 @@ pub static TABLE: &[Group] = &[
                 "password of --discovery-user; then that is the name alone")
                 .key("discovery-config.client.auth.password"),
             flag("discovery-srv", Text(|c| &mut c.discovery_srv), "",
-                "domain whose DNS SRV records list the first members").waits(SRV),
+                "domain whose DNS SRV records list the first members"),
             flag("discovery-srv-name", Text(|c| &mut c.discovery_srv_name), "",
-                "put after the service name of those records, behind a hyphen").waits(SRV),
+                "put after the service name of those records, behind a hyphen"),
             flag("discovery-fallback", choice(&["exit", "proxy"], |c| &mut c.discovery_fallback), "exit",
                 "leftover of an older discovery; only exit is possible").key(""),
             flag("strict-reconfig-check", Bool(|c| &mut c.strict_reconfig_check), "true",

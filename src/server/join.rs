@@ -17,7 +17,7 @@ use crate::{
     peer::client,
 };
 
-use super::{data::Ids, discovery};
+use super::{data::Ids, discovery, dns::Resolver, srv};
 
 /// How long the others are asked whether this member has been there before.
 const ASK_NEW: Duration = Duration::from_secs(1);
@@ -42,11 +42,11 @@ pub async fn begin(config: &Config) -> anyhow::Result<First> {
     if !config.discovery.endpoints.is_empty() {
         return discover(config, existing).await;
     }
-    if !config.discovery_srv.is_empty() {
-        bail!("not implemented: members from DNS SRV records (--discovery-srv)");
-    }
-    let initial = InitialCluster::parse(&config.initial_cluster, parse_url)
-        .map_err(|e| anyhow!("error setting up initial cluster: {e}"))?;
+    let initial = match config.discovery_srv.is_empty() {
+        true => InitialCluster::parse(&config.initial_cluster, parse_url).map_err(|e| e.to_string()),
+        false => srv::initial_cluster(config, &Resolver::system()).await,
+    };
+    let initial = initial.map_err(|reason| anyhow!("error setting up initial cluster: {reason}"))?;
     if existing { join(config, &initial).await } else { found(config, &initial).await }
 }
 
