@@ -85,10 +85,12 @@ async fn discover(config: &Config, existing: bool) -> anyhow::Result<First> {
 /// A new cluster: each of its members computes the same from the same list.
 async fn found(config: &Config, initial: &InitialCluster) -> anyhow::Result<First> {
     let advertised = advertised(config);
-    if initial.validate(&config.name, &advertised, str::to_owned).is_err() {
-        initial.check(&config.name)?;
-        let resolved = resolve_all(initial.urls().chain(advertised.iter().map(String::as_str))).await;
-        initial.validate(&config.name, &advertised, |url| resolved_form(&resolved, url))?;
+    match initial.validate(&config.name, &advertised, str::to_owned) {
+        Err(bootstrap::Error::NotAdvertised { .. } | bootstrap::Error::NotInitial { .. }) => {
+            let resolved = resolve_all(initial.urls().chain(advertised.iter().map(String::as_str))).await;
+            initial.validate(&config.name, &advertised, |url| resolved_form(&resolved, url))?;
+        }
+        done => done?,
     }
     let founding = initial.found(&config.initial_cluster_token);
     let member = founding.member_id(&config.name).context("the own name is in --initial-cluster")?;
