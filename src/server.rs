@@ -3,9 +3,12 @@
 mod compactor;
 mod corruption;
 mod data;
+mod discovery;
+mod dns;
 mod join;
 mod lessor;
 mod peers;
+mod srv;
 mod versions;
 
 pub use data::{Unfit, fit};

@@ -10,13 +10,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-use actd::pb::etcdserverpb::{LeaseGrantRequest, MemberAddRequest, MemberListRequest, PutRequest, RangeRequest};
+use actd::pb::etcdserverpb::{
+    AuthEnableRequest, AuthRoleAddRequest, AuthUserAddRequest, AuthUserGrantRoleRequest, LeaseGrantRequest,
+    MemberAddRequest, MemberListRequest, PutRequest, RangeRequest, auth_client::AuthClient,
+};
 use actd::{
     cluster::bootstrap::InitialCluster,
     peer::client::{self, Error},
     wal::{self, Wal},
 };
 use common::{Client, Server};
+use tonic::transport::{Channel, Endpoint};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const SHORT: Duration = Duration::from_secs(5);
@@ -33,10 +37,15 @@ fn url(port: u16) -> String {
     format!("http://127.0.0.1:{port}")
 }
 
+async fn channel(port: u16) -> Channel {
+    Endpoint::from_shared(url(port)).expect("an address").connect().await.expect("a connection")
+}
+
 /// A member that need not become ready; killed when dropped.
 struct Starting {
     child: Child,
     log: PathBuf,
+    client_port: u16,
 }
 
 impl Starting {
@@ -56,7 +65,7 @@ impl Starting {
             .stderr(file)
             .spawn()
             .expect("it starts");
-        Self { child, log }
+        Self { child, log, client_port: port }
     }
 
     fn log(&self) -> String {
@@ -78,6 +87,16 @@ impl Starting {
         for word in words {
             assert!(log.contains(word), "{word:?} is not in:\n{log}");
         }
+    }
+
+    fn wait_until_healthy(&mut self) {
+        let port = self.client_port;
+        let healthy = || common::http_get(port, "/health").is_some_and(|body| body.contains(r#""health":"true""#));
+        self.wait_for("health", healthy);
+    }
+
+    async fn client(&self) -> Client {
+        Client::over(channel(self.client_port).await)
     }
 
     fn wait_for(&mut self, what: &str, done: impl Fn() -> bool) {
@@ -298,4 +317,168 @@ fn questions_that_nobody_answers_end_in_time() {
     let [closed] = common::free_ports();
     assert!(ask(&url(closed)).contains("refused"));
     assert_eq!(ask("https://127.0.0.1:1"), "https://127.0.0.1:1: not implemented: TLS between members");
+}
+
+// --- the discovery service
+
+const SIZE_KEY: &str = "/_etcd/registry/tkn/_config/size";
+
+/// What a member is told to find the others at these endpoints.
+fn through(endpoints: &str) -> [String; 2] {
+    [format!("--discovery-endpoints={endpoints}"), "--discovery-token=tkn".to_owned()]
+}
+
+async fn put(client: &Client, key: &str, value: &str) {
+    let put = PutRequest { key: key.to_owned().into(), value: value.to_owned().into(), ..Default::default() };
+    client.kv.clone().put(put).await.expect("a put");
+}
+
+/// Three members begin by what `service` tells them, a fourth is refused, and who has data does not ask again.
+fn three_members_begin_through(service: Server) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let ports: [u16; 4] = common::free_ports();
+    let [nobody] = common::free_ports();
+    runtime().block_on(async { put(&Client::connect(&service).await, SIZE_KEY, "3").await });
+    // Written in each way there is, one that does not answer among them.
+    let address = format!("127.0.0.1:{}", service.client_port);
+    let flags = through(&format!("127.0.0.1:{nobody},http://{address},{address}"));
+    let start = |name: &str, port: u16| {
+        Starting::new(&folder.path().join(name), name, port, &flags.each_ref().map(String::as_str))
+    };
+    let mut members: Vec<Starting> =
+        ["a", "b", "c"].into_iter().zip(ports).map(|(name, port)| start(name, port)).collect();
+    for member in &mut members {
+        member.wait_until_healthy();
+    }
+    start("d", ports[3]).refused(&["failed to join discovery cluster (discovery: cluster is full)"]);
+    drop(service);
+
+    let list = format!("a={},b={},c={}", url(ports[0]), url(ports[1]), url(ports[2]));
+    let founding = InitialCluster::parse(&list, |url| Ok(url.to_owned())).expect("a list").found("tkn");
+    let check = async |client: Client| {
+        let list = MemberListRequest { linearizable: true };
+        let list = client.cluster.clone().member_list(list).await.expect("a list").into_inner();
+        assert_eq!(list.header.expect("a header").cluster_id, founding.cluster_id);
+        let found: Vec<_> = list.members.iter().map(|member| (member.id, member.name.as_str())).collect();
+        let expected: Vec<_> = founding.members.iter().map(|member| (member.id, member.name.as_str())).collect();
+        assert_eq!(found, expected);
+    };
+    runtime().block_on(async {
+        put(&members[0].client().await, "k", "v").await;
+        let range = RangeRequest { key: "k".into(), ..Default::default() };
+        let answer = members[2].client().await.kv.range(range).await.expect("a range").into_inner();
+        assert_eq!(answer.count, 1);
+        check(members[1].client().await).await;
+    });
+    drop(members.remove(0));
+    let mut again = start("a", ports[0]);
+    again.wait_until_healthy();
+    runtime().block_on(async { check(again.client().await).await });
+}
+
+#[test]
+fn members_find_each_other_through_another_cluster() {
+    // limits.md 17
+    three_members_begin_through(Server::start(&program(), &[]));
+}
+
+#[test]
+fn members_find_each_other_through_a_cluster_of_etcd() {
+    let Some(etcd) = common::require_tool("etcd") else { return };
+    three_members_begin_through(Server::start(&etcd, &[]));
+}
+
+#[test]
+fn what_the_service_cannot_tell_ends_the_start() {
+    // limits.md 17, flags.md (Validation)
+    let service = Server::start(&program(), &[]);
+    let folder = tempfile::tempdir().expect("a folder");
+    let [port] = common::free_ports();
+    let flags = through(&service.endpoint());
+    let run = |data: &str, more: &[&str]| {
+        let flags: Vec<&str> = flags.iter().map(String::as_str).chain(more.iter().copied()).collect();
+        Starting::new(&folder.path().join(data), "m", port, &flags)
+    };
+    let said = |reason: &str| format!("failed to join discovery cluster ({reason})");
+    let write = |key: &str, value: &str| {
+        runtime().block_on(async { put(&Client::connect(&service).await, key, value).await });
+    };
+    let registered = |id: &str, value: &str| write(&format!("/_etcd/registry/tkn/members/{id}"), value);
+
+    run("a", &[]).refused(&[&said("discovery: size key not found")]);
+    write(SIZE_KEY, "three");
+    run("b", &[]).refused(&[&said("discovery: size key is bad")]);
+    run("c", &["--initial-cluster-state=existing"])
+        .refused(&["discovery URL should not be set when joining existing initial cluster"]);
+    run("d", &["--discovery-cert=c", "--discovery-endpoints=127.0.0.1:1"])
+        .refused(&["--discovery-endpoints 127.0.0.1:1: TLS is not implemented yet"]);
+
+    write(SIZE_KEY, "2");
+    registered("1", "x=ftp://127.0.0.1:1");
+    run("e", &[]).refused(&[&said("discovery: invalid peer URL")]);
+    // The own registration stays where it is, so each start takes the same place.
+    registered("1", &format!("x={}", url(port)));
+    run("f", &[]).refused(&[&format!("discovery cluster m={0},x={0} has duplicate url", url(port))]);
+    registered("1", "m=http://127.0.0.1:1");
+    run("g", &[]).refused(&["has no member of its own for this one"]);
+    // Further ones are no member's.
+    registered("1", "x=http://127.0.0.1:1");
+    registered("2", "y=http://127.0.0.1:2");
+    let mut member = run("h", &[]);
+    member.wait_for("store", || folder.path().join("h/member/store/CURRENT").exists());
+    drop(member);
+    assert_eq!(read_log(&folder.path().join("h")).entries.len(), 2);
+}
+
+#[test]
+fn a_member_waits_for_the_service_and_for_the_others() {
+    let mut service = Server::start(&program(), &[]);
+    let folder = tempfile::tempdir().expect("a folder");
+    let [port] = common::free_ports();
+    runtime().block_on(async { put(&Client::connect(&service).await, SIZE_KEY, "2").await });
+    service.kill();
+    let data = folder.path().join("a");
+    let flags = through(&service.endpoint());
+    let mut member = Starting::new(&data, "a", port, &[&flags[0], &flags[1], "--discovery-request-timeout=200ms"]);
+    let log = member.log.clone();
+    let logged =
+        |words: &str, times: usize| std::fs::read_to_string(&log).unwrap_or_default().matches(words).count() >= times;
+    member.wait_for("try", || logged("no answer of the discovery service", 1));
+    service.restart();
+    member.wait_for("registration", || logged("waiting for members to register", 1));
+    service.kill();
+    member.wait_for("end of the watch", || logged("no answer of the discovery service", 2));
+    service.restart();
+    member.wait_for("watch", || logged("waiting for members to register", 2));
+    runtime().block_on(async {
+        put(&Client::connect(&service).await, "/_etcd/registry/tkn/members/1", "b=http://127.0.0.1:1").await;
+    });
+    member.wait_for("store", || data.join("member/store/CURRENT").exists());
+}
+
+#[test]
+fn a_service_with_users_is_told_who_asks() {
+    let Some(etcd) = common::require_tool("etcd") else { return };
+    let service = Server::start(&etcd, &[]);
+    runtime().block_on(async {
+        put(&Client::connect(&service).await, SIZE_KEY, "1").await;
+        let mut auth = AuthClient::new(channel(service.client_port).await);
+        let user = AuthUserAddRequest { name: "root".into(), password: "secret".into(), ..Default::default() };
+        auth.user_add(user).await.expect("a user");
+        auth.role_add(AuthRoleAddRequest { name: "root".into() }).await.expect("a role");
+        let grant = AuthUserGrantRoleRequest { user: "root".into(), role: "root".into() };
+        auth.user_grant_role(grant).await.expect("a grant");
+        auth.auth_enable(AuthEnableRequest {}).await.expect("users count");
+    });
+    let folder = tempfile::tempdir().expect("a folder");
+    let [port] = common::free_ports();
+    let flags = through(&service.endpoint());
+    let run = |data: &str, user: &[&str]| {
+        let flags: Vec<&str> = flags.iter().map(String::as_str).chain(user.iter().copied()).collect();
+        Starting::new(&folder.path().join(data), "m", port, &flags)
+    };
+    run("a", &["--discovery-user=root:wrong"]).refused(&[
+        "failed to join discovery cluster (etcdserver: authentication failed, invalid user ID or password)",
+    ]);
+    run("b", &["--discovery-user=root", "--discovery-password=secret"]).wait_until_healthy();
 }

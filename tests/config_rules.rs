@@ -332,11 +332,19 @@ fn validation_has_etcds_texts() {
         &["--discovery-srv=a", "--initial-cluster=b=http://1.1.1.1:1"][..],
         &["--discovery-srv=a", "--discovery-endpoints=b", "--discovery-token=c"],
     ] {
-        assert!(refusal(args, &[], None).starts_with("multiple discovery or bootstrap flags are set."), "{args:?}");
+        assert_eq!(
+            refusal(args, &[], None),
+            "multiple discovery or bootstrap flags are set. Choose one of \"initial-cluster\", \"discovery-endpoints\" or \
+             \"discovery-srv\"",
+            "{args:?}"
+        );
     }
+    assert_eq!(
+        refusal(&["--discovery-fallback=proxy"], &[], None),
+        r#"v2 proxy is deprecated, and --discovery-fallback can't be configured as "proxy""#
+    );
     for args in [
-        &["--discovery-fallback=proxy"][..],
-        &["--log-level=x"],
+        &["--log-level=x"][..],
         &["--log-format=x"],
         &["--log-outputs=a,"],
         &["--enable-log-rotation", "--log-outputs=a", "--log-rotation-config-json={"],
@@ -355,7 +363,7 @@ fn validation_has_etcds_texts() {
 #[test]
 fn the_first_failure_wins() {
     let mistakes = [
-        ("discovery-fallback", "proxy", "exit", "--discovery-fallback=proxy"),
+        ("discovery-fallback", "proxy", "exit", "v2 proxy is deprecated"),
         ("logger", "x", "zap", "unknown logger"),
         ("log-outputs", "default,a", "stderr", "multi logoutput"),
         ("listen-peer-urls", "http://a:1", "http://127.0.0.1:1", "expected IP"),
@@ -428,8 +436,12 @@ fn defaults_follow_what_they_depend_on() {
     assert_eq!(config.data_dir, "a.etcd");
     assert_eq!(config.wal_path(), std::path::Path::new("a.etcd/member/wal"));
 
-    let (config, _) = run(&["--discovery-srv=x"], &[], None);
-    assert_eq!(config.initial_cluster, "");
+    for by_dns in ["--discovery-srv=x", "--discovery-srv-name=x"] {
+        let (config, _) = run(&[by_dns], &[], None);
+        assert_eq!(config.initial_cluster, "");
+    }
+    let (config, _) = run(&["--config-file=x"], &[], Some("discovery-srv-name: x\n"));
+    assert_eq!(config.initial_cluster, "default=http://localhost:2380");
 
     // In a file, the listeners leave the advertised URLs alone.
     let (config, _) =

@@ -25,8 +25,8 @@ pub enum Error {
     DuplicateUrl(String),
     #[error("--initial-cluster has {missing} but missing from --initial-advertise-peer-urls={advertised} ({reason})")]
     NotAdvertised { missing: String, advertised: String, reason: String },
-    #[error("--initial-advertise-peer-urls has {missing} but missing from --initial-cluster={initial} ({reason})")]
-    NotInitial { missing: String, initial: String, reason: String },
+    #[error("--initial-advertise-peer-urls has {missing} but missing from --initial-cluster={advertised}")]
+    NotInitial { missing: String, advertised: String },
     #[error("member count is unequal")]
     MemberCount,
     #[error("PeerURLs: no match found for existing member ({id}, [{urls}]), last resolver error ({reason})")]
@@ -86,37 +86,51 @@ impl InitialCluster {
         Ok(Self { members })
     }
 
+    /// One member alone; without URLs it is none.
+    pub fn of_one(name: &str, urls: &[String]) -> Self {
+        let mut urls = urls.to_vec();
+        urls.sort_unstable();
+        let members = (!urls.is_empty()).then(|| (name.to_owned(), urls));
+        Self { members: members.into_iter().collect() }
+    }
+
     /// Whether there is a member `name`, and each URL belongs to one member only.
     pub fn check(&self, name: &str) -> Result<(), Error> {
         self.own_urls(name)?;
-        let mut all: Vec<&String> = self.members.values().flatten().collect();
-        all.sort_unstable();
-        match all.windows(2).any(|pair| pair[0] == pair[1]) {
+        match self.has_duplicate_url() {
             true => Err(Error::DuplicateUrl(self.to_string())),
             false => Ok(()),
         }
     }
 
+    pub fn has_duplicate_url(&self) -> bool {
+        let mut all: Vec<&String> = self.members.values().flatten().collect();
+        all.sort_unstable();
+        all.windows(2).any(|pair| pair[0] == pair[1])
+    }
+
     /// Whether the member `name`, which tells others `advertised` (in any order), may begin a cluster with this. URLs
     /// that differ as written are compared again as `resolve` gives them.
     pub fn validate(&self, name: &str, advertised: &[String], resolve: impl Fn(&str) -> String) -> Result<(), Error> {
-        self.check(name)?;
         let own = self.own_urls(name)?;
         if same_urls(own, advertised, &resolve) {
-            return Ok(());
+            return self.check(name);
         }
         let mut advertised = advertised.to_vec();
         advertised.sort_unstable();
         let not_in = |urls: &[String], other: &[String]| {
-            urls.iter().filter(|url| !other.contains(url)).cloned().collect::<Vec<_>>().join(",")
+            urls.iter().filter(|url| !other.contains(url)).cloned().collect::<Vec<_>>()
         };
-        let reason = difference(&advertised, own, &resolve);
+        let named = |urls: &[String]| urls.iter().map(|url| format!("{name}={url}")).collect::<Vec<_>>().join(",");
         let missing = not_in(own, &advertised);
         if !missing.is_empty() {
-            return Err(Error::NotAdvertised { missing, advertised: advertised.join(","), reason });
+            let reason = difference(&advertised, own, &resolve);
+            let (missing, advertised) = (named(&missing), advertised.join(","));
+            return Err(Error::NotAdvertised { missing, advertised, reason });
         }
-        let missing = not_in(&advertised, own).split(',').map(|url| format!("{name}={url}")).collect::<Vec<_>>();
-        Err(Error::NotInitial { missing: missing.join(","), initial: self.to_string(), reason })
+        let missing = not_in(&advertised, own).join(",");
+        // etcd's text has the advertised URLs in place of the list's.
+        Err(Error::NotInitial { missing, advertised: named(&advertised) })
     }
 
     /// Finds the member `name` among those of a running cluster, by its URLs; all must be the same on both sides.
@@ -133,7 +147,7 @@ impl InitialCluster {
         let mut found = None;
         for member in running {
             let Some(at) = left.iter().position(|(_, urls)| same_urls(urls, &member.peer_urls, &resolve)) else {
-                let reason = last.map(|last| joining_difference(&member.peer_urls, last, &resolve));
+                let reason = last.map(|last| difference(&member.peer_urls, last, &resolve));
                 let reason = reason.unwrap_or_default();
                 return Err(Error::NoMatch { id: ids::hex(member.id), urls: member.peer_urls.join(" "), reason });
             };
@@ -155,6 +169,10 @@ impl InitialCluster {
     /// All peer URLs.
     pub fn urls(&self) -> impl Iterator<Item = &str> {
         self.members.values().flatten().map(String::as_str)
+    }
+
+    pub fn has_member(&self, name: &str) -> bool {
+        self.members.contains_key(name)
     }
 
     fn own_urls(&self, name: &str) -> Result<&Vec<String>, Error> {
@@ -242,30 +260,17 @@ fn same_urls(a: &[String], b: &[String], resolve: impl Fn(&str) -> String) -> bo
     same(&str::to_owned) || same(&resolve)
 }
 
-fn difference(advertised: &[String], initial: &[String], resolve: impl Fn(&str) -> String) -> String {
-    let resolved = |urls: &[String]| {
-        let mut urls: Vec<(String, String)> = urls.iter().map(|url| (resolve(url), url.clone())).collect();
-        urls.sort_unstable();
-        urls
-    };
-    match resolved(advertised).into_iter().zip(resolved(initial)).find(|(a, b)| a.0 != b.0) {
-        Some((a, b)) if advertised.len() == initial.len() => {
-            format!("{:?}(resolved from {:?}) != {:?}(resolved from {:?})", a.0, a.1, b.0, b.1)
-        }
-        _ => format!("len({}) != len({})", quoted(advertised), quoted(initial)),
-    }
-}
-
-fn joining_difference(running: &[String], initial: &[String], resolve: impl Fn(&str) -> String) -> String {
-    if running.len() != initial.len() {
-        return format!("len({}) != len({})", quoted(running), quoted(initial));
+/// How the URLs a member tells others differ from those it was given.
+fn difference(told: &[String], initial: &[String], resolve: impl Fn(&str) -> String) -> String {
+    if told.len() != initial.len() {
+        return format!("len({}) != len({})", quoted(told), quoted(initial));
     }
     let resolved = |urls: &[String]| {
         let mut urls: Vec<String> = urls.iter().map(|url| resolve(url)).collect();
         urls.sort_unstable();
         urls
     };
-    let pair = resolved(running).into_iter().zip(resolved(initial)).find(|(a, b)| a != b);
+    let pair = resolved(told).into_iter().zip(resolved(initial)).find(|(a, b)| a != b);
     pair.map(|(a, b)| format!("resolved urls: {a:?} != {b:?}")).unwrap_or_default()
 }
 

@@ -442,13 +442,17 @@ fn a_wrong_initial_cluster_says_what_is_wrong() {
     );
     assert_eq!(
         refuse("a=http://h:1", "a", &["http://i:1"]),
-        "--initial-cluster has http://h:1 but missing from --initial-advertise-peer-urls=http://i:1 \
-         (\"http://i:1\"(resolved from \"http://i:1\") != \"http://h:1\"(resolved from \"http://h:1\"))"
+        "--initial-cluster has a=http://h:1 but missing from --initial-advertise-peer-urls=http://i:1 \
+         (resolved urls: \"http://i:1\" != \"http://h:1\")"
     );
     assert_eq!(
         refuse("a=http://h:1", "a", &["http://h:1", "http://i:1"]),
-        "--initial-advertise-peer-urls has a=http://i:1 but missing from --initial-cluster=a=http://h:1 \
-         (len([\"http://h:1\" \"http://i:1\"]) != len([\"http://h:1\"]))"
+        "--initial-advertise-peer-urls has http://i:1 but missing from --initial-cluster=a=http://h:1,a=http://i:1"
+    );
+    assert_eq!(
+        refuse("a=http://h:1,a=http://j:1", "a", &["http://h:1"]),
+        "--initial-cluster has a=http://j:1 but missing from --initial-advertise-peer-urls=http://h:1 \
+         (len([\"http://h:1\"]) != len([\"http://h:1\" \"http://j:1\"]))"
     );
     let parse = |text| InitialCluster::parse(text, |url| Err(format!("bad {url:?}")));
     assert_eq!(parse("a").unwrap_err().to_string(), r#"bad """#);

@@ -156,7 +156,6 @@ const fn ignored(name: &'static str) -> Flag {
 }
 
 const LIMITS: &str = "5s is kept between members, whatever is given";
-const DISCOVERY: &str = "discovery";
 const TLS: &str = "TLS";
 const AUTH: &str = "users and roles";
 const GATEWAY: &str = "the JSON gateway";
@@ -268,45 +267,45 @@ pub static TABLE: &[Group] = &[
                 "where clients reach this member, as told to those who ask; required with --listen-client-urls"),
             flag("discovery-endpoints", List(|c| &mut c.discovery.endpoints), "",
                 "another cluster in which the first members find each other; needs --discovery-token")
-                .key("discovery-config.client.endpoints").waits(DISCOVERY),
+                .key("discovery-config.client.endpoints"),
             flag("discovery-token", Text(|c| &mut c.discovery.token), "",
-                "name of the new cluster in the discovery service").key("discovery-config.token").waits(DISCOVERY),
+                "name of the new cluster in the discovery service").key("discovery-config.token"),
             flag("discovery-dial-timeout", Duration(|c| &mut c.discovery.dial_timeout), "2s",
                 "longest wait for a connection to the discovery service")
-                .key("discovery-config.client.dial-timeout").waits(DISCOVERY),
+                .key("discovery-config.client.dial-timeout"),
             flag("discovery-request-timeout", Duration(|c| &mut c.discovery.request_timeout), "5s",
                 "longest wait for an answer of the discovery service")
-                .key("discovery-config.client.request-timeout").waits(DISCOVERY),
+                .key("discovery-config.client.request-timeout"),
             flag("discovery-keepalive-time", Duration(|c| &mut c.discovery.keepalive_time), "2s",
                 "time between pings to the discovery service")
-                .key("discovery-config.client.keepalive-time").waits(DISCOVERY),
+                .key("discovery-config.client.keepalive-time"),
             flag("discovery-keepalive-timeout", Duration(|c| &mut c.discovery.keepalive_timeout), "6s",
                 "longest wait for the answer to such a ping")
-                .key("discovery-config.client.keepalive-timeout").waits(DISCOVERY),
+                .key("discovery-config.client.keepalive-timeout"),
             flag("discovery-insecure-transport", Bool(|c| &mut c.discovery.insecure_transport), "true",
                 "talk to the discovery service without TLS")
-                .key("discovery-config.client.secure.insecure-transport").waits(DISCOVERY),
+                .key("discovery-config.client.secure.insecure-transport"),
             flag("discovery-insecure-skip-tls-verify", Bool(|c| &mut c.discovery.insecure_skip_tls_verify), "false",
                 "do not check the certificate of the discovery service; for tests alone")
-                .key("discovery-config.client.secure.insecure-skip-tls-verify").waits(DISCOVERY),
+                .key("discovery-config.client.secure.insecure-skip-tls-verify").waits(TLS),
             flag("discovery-cert", Text(|c| &mut c.discovery.cert), "",
                 "certificate shown to the discovery service")
-                .key("discovery-config.client.secure.cert").waits(DISCOVERY),
+                .key("discovery-config.client.secure.cert").waits(TLS),
             flag("discovery-key", Text(|c| &mut c.discovery.key), "",
-                "key of --discovery-cert").key("discovery-config.client.secure.key").waits(DISCOVERY),
+                "key of --discovery-cert").key("discovery-config.client.secure.key").waits(TLS),
             flag("discovery-cacert", Text(|c| &mut c.discovery.cacert), "",
                 "authorities trusted to sign the certificate of the discovery service")
-                .key("discovery-config.client.secure.cacert").waits(DISCOVERY),
+                .key("discovery-config.client.secure.cacert").waits(TLS),
             flag("discovery-user", Text(|c| &mut c.discovery.user), "",
                 "user at the discovery service, as name or name:password")
-                .key("discovery-config.client.auth.username").waits(DISCOVERY),
+                .key("discovery-config.client.auth.username"),
             flag("discovery-password", Text(|c| &mut c.discovery.password), "",
                 "password of --discovery-user; then that is the name alone")
-                .key("discovery-config.client.auth.password").waits(DISCOVERY),
+                .key("discovery-config.client.auth.password"),
             flag("discovery-srv", Text(|c| &mut c.discovery_srv), "",
-                "domain whose DNS SRV records list the first members").waits(DISCOVERY),
+                "domain whose DNS SRV records list the first members"),
             flag("discovery-srv-name", Text(|c| &mut c.discovery_srv_name), "",
-                "put after the service name of those records, behind a hyphen").waits(DISCOVERY),
+                "put after the service name of those records, behind a hyphen"),
             flag("discovery-fallback", choice(&["exit", "proxy"], |c| &mut c.discovery_fallback), "exit",
                 "leftover of an older discovery; only exit is possible").key(""),
             flag("strict-reconfig-check", Bool(|c| &mut c.strict_reconfig_check), "true",

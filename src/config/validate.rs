@@ -56,7 +56,9 @@ pub(super) fn settle(draft: &mut Draft) {
         config.raft_read_timeout = config.raft_read_timeout.max(RAFT_TIMEOUT_MIN);
         config.raft_write_timeout = config.raft_write_timeout.max(RAFT_TIMEOUT_MIN);
     }
-    let discovers = !config.discovery_srv.is_empty() || !config.discovery.endpoints.is_empty();
+    let discovers = !config.discovery_srv.is_empty()
+        || !config.discovery.endpoints.is_empty()
+        || (!from_file && !config.discovery_srv_name.is_empty());
     let built_in = Config::default().initial_cluster;
     let cluster_at_default =
         config.initial_cluster == built_in && (from_file || !draft.set.contains("initial-cluster"));
@@ -71,7 +73,7 @@ pub(super) fn settle(draft: &mut Draft) {
 pub(super) fn check(draft: &Draft) -> Result<(), String> {
     let config = &draft.config;
     if config.discovery_fallback == "proxy" {
-        return Err("--discovery-fallback=proxy is no longer possible, only exit".into());
+        return Err(r#"v2 proxy is deprecated, and --discovery-fallback can't be configured as "proxy""#.into());
     }
     check_logging(config)?;
     check_urls(config)?;
@@ -170,7 +172,7 @@ fn check_bootstrap(config: &Config) -> Result<(), String> {
     let ways = [!config.initial_cluster.is_empty(), !config.discovery_srv.is_empty(), by_endpoints];
     if ways.into_iter().filter(|used| *used).count() > 1 {
         return Err("multiple discovery or bootstrap flags are set. Choose one of \"initial-cluster\", \
-                    \"discovery-srv\" or \"discovery-endpoints\""
+                    \"discovery-endpoints\" or \"discovery-srv\""
             .into());
     }
     if by_endpoints != by_token {

@@ -1,5 +1,5 @@
-//! How a member without data begins: with the others of a new cluster, or as a new member of a running one. What the
-//! others say is fetched here; what it means is decided in `cluster::bootstrap`.
+//! How a member without data begins: with the others of a new cluster, whom it knows or has to find, or as a new member of
+//! a running one. What the others say is fetched here; what it means is decided in `cluster::bootstrap`.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -8,7 +8,8 @@ use anyhow::{Context, anyhow, bail};
 use crate::{
     cluster::{
         Member, Version,
-        bootstrap::{self, InitialCluster},
+        bootstrap::{self, Founding, InitialCluster},
+        discovery::Keys,
         ids,
     },
     config::{Config, ETCD_VERSION, Url},
@@ -16,7 +17,7 @@ use crate::{
     peer::client,
 };
 
-use super::data::Ids;
+use super::{data::Ids, discovery, dns::Resolver, srv};
 
 /// How long the others are asked whether this member has been there before.
 const ASK_NEW: Duration = Duration::from_secs(1);
@@ -37,29 +38,59 @@ pub struct First {
 }
 
 pub async fn begin(config: &Config) -> anyhow::Result<First> {
-    let parse = |text: &str| Url::parse(text).map(|url| url.to_string());
-    if !config.discovery_srv.is_empty() {
-        bail!("not implemented: members from DNS SRV records (--discovery-srv)");
-    }
+    let existing = config.initial_cluster_state == "existing";
     if !config.discovery.endpoints.is_empty() {
-        bail!("not implemented: the discovery service (--discovery-endpoints)");
+        return discover(config, existing).await;
     }
-    let initial =
-        InitialCluster::parse(&config.initial_cluster, parse).map_err(|e| anyhow!("--initial-cluster: {e}"))?;
-    if config.initial_cluster_state == "existing" {
-        join(config, &initial).await
-    } else {
-        found(config, &initial).await
+    let initial = match config.discovery_srv.is_empty() {
+        true => InitialCluster::parse(&config.initial_cluster, parse_url).map_err(|e| e.to_string()),
+        false => srv::initial_cluster(config, &Resolver::system()).await,
+    };
+    let initial = initial.map_err(|reason| anyhow!("error setting up initial cluster: {reason}"))?;
+    if existing { join(config, &initial).await } else { found(config, &initial).await }
+}
+
+fn parse_url(text: &str) -> Result<String, String> {
+    Url::parse(text).map(|url| url.to_string())
+}
+
+fn advertised(config: &Config) -> Vec<String> {
+    config.initial_advertise_peer_urls.iter().map(ToString::to_string).collect()
+}
+
+/// A new cluster whose members find each other in the discovery service; its token is the cluster's.
+async fn discover(config: &Config, existing: bool) -> anyhow::Result<First> {
+    let own = InitialCluster::of_one(&config.name, &advertised(config));
+    own.check(&config.name)?;
+    if existing {
+        bail!("discovery URL should not be set when joining existing initial cluster");
     }
+    let settings = &config.discovery;
+    let member = own.found(&settings.token).member_id(&config.name).context("it is the only one")?;
+    let keys = Keys::new(&settings.token, member);
+    let initial = discovery::join(settings, keys, &own.to_string())
+        .await
+        .map_err(|reason| anyhow!("failed to join discovery cluster ({reason})"))?;
+    if initial.has_duplicate_url() {
+        bail!("discovery cluster {initial} has duplicate url");
+    }
+    let founding = initial.found(&settings.token);
+    // Two members of one name would be taken for one with the URLs of both.
+    if !founding.members.iter().any(|of| of.id == member) {
+        bail!("discovery cluster {initial} has no member of its own for this one; each member needs a name of its own");
+    }
+    Ok(first(founding, member))
 }
 
 /// A new cluster: each of its members computes the same from the same list.
 async fn found(config: &Config, initial: &InitialCluster) -> anyhow::Result<First> {
-    let advertised: Vec<String> = config.initial_advertise_peer_urls.iter().map(ToString::to_string).collect();
-    if initial.validate(&config.name, &advertised, str::to_owned).is_err() {
-        initial.check(&config.name)?;
-        let resolved = resolve_all(initial.urls().chain(advertised.iter().map(String::as_str))).await;
-        initial.validate(&config.name, &advertised, |url| resolved_form(&resolved, url))?;
+    let advertised = advertised(config);
+    match initial.validate(&config.name, &advertised, str::to_owned) {
+        Err(bootstrap::Error::NotAdvertised { .. } | bootstrap::Error::NotInitial { .. }) => {
+            let resolved = resolve_all(initial.urls().chain(advertised.iter().map(String::as_str))).await;
+            initial.validate(&config.name, &advertised, |url| resolved_form(&resolved, url))?;
+        }
+        done => done?,
     }
     let founding = initial.found(&config.initial_cluster_token);
     let member = founding.member_id(&config.name).context("the own name is in --initial-cluster")?;
@@ -69,12 +100,16 @@ async fn found(config: &Config, initial: &InitialCluster) -> anyhow::Result<Firs
             bail!("member {} has already been bootstrapped", ids::hex(member));
         }
     }
-    Ok(First {
+    Ok(first(founding, member))
+}
+
+fn first(founding: Founding, member: u64) -> First {
+    First {
         ids: Ids { member, cluster: founding.cluster_id },
         entries: founding.entries(),
         hard_state: Some(founding.hard_state()),
         remotes: Vec::new(),
-    })
+    }
 }
 
 /// A running cluster, which has been told of this member: ids come from there, and the log will.
