@@ -324,8 +324,11 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
     );
     let proposer = lessor::Proposer::new(server.clone(), own_runtime, main.clone());
     let next_deadline = Arc::new(AtomicU64::new(u64::MAX));
-    let for_actor = next_deadline.clone();
-    shell::spawn(&arbiter, lease_rx, vital, move || lease::actor::LeaseActor::new(expirer, proposer, for_actor));
+    let (for_actor, newest) = (next_deadline.clone(), view.clone());
+    shell::spawn(&arbiter, lease_rx, vital, move || {
+        let leases = Box::new(move || newest.load().leases.clone());
+        lease::actor::LeaseActor::new(expirer, proposer, leases, for_actor)
+    });
     tasks.push(tokio::spawn(lessor::follow_leadership(server.clone())));
     tasks.push(tokio::spawn(lessor::tick(server.clone(), next_deadline)));
 

@@ -124,7 +124,7 @@ fn start(world: &World, dir: &Path) -> Member {
 
 impl Member {
     fn poll(&mut self) {
-        self.raft.poll(self.apply.applied_index(), true, &mut self.output);
+        self.raft.poll(self.apply.applied_index(), actd::raft::Room::EVERYWHERE, &mut self.output);
         self.appends.extend(self.output.appends.drain(..));
         self.committed.extend(self.output.committed.drain(..));
         self.output.messages.clear();

@@ -118,7 +118,7 @@ fn opened(file: &Path, data_dir: &Path) -> (Store, Arc<FjallStorage>, import::Pr
     fs::create_dir_all(data_dir).expect("a folder");
     let stores = StoreDir::open(data_dir).expect("the folder of stores");
     drop(stores.open_current(&Options::default()).expect("a first store"));
-    let prepared = import::prepare(File::open(file).expect("the file"), &stores, None).expect("imported");
+    let prepared = import::prepare(Box::new(File::open(file).expect("the file")), &stores, None).expect("imported");
     import::switch(&stores, prepared.index).expect("switched");
     let storage = Arc::new(stores.open_current(&Options::default()).expect("the imported store"));
     let mut leases = Leases::load(&*storage, 1).expect("leases");

@@ -121,14 +121,15 @@ impl ApplyActor {
             };
             counter.fetch_add(1, Ordering::Relaxed);
         }
-        if !effects.lease_notices.is_empty() {
-            // Before the view: whoever sees a lease in the view finds its timer set.
-            (self.wiring.lease_notices)(effects.lease_notices);
-        }
         let view = Arc::new(self.core.view());
         let before = self.wiring.view.load_full();
         self.wiring.view.publish(view.clone());
         self.wiring.applied.store(view.applied_index, Ordering::Release);
+        if !effects.lease_notices.is_empty() {
+            // Behind the view: an expirer that begins to lead looks at the view first and hears of everything later.
+            // Before the answer: whoever was granted a lease finds its timer set.
+            (self.wiring.lease_notices)(effects.lease_notices);
+        }
         for (reply, outcome) in effects.answers {
             self.answers.add(reply, outcome);
         }

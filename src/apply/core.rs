@@ -106,6 +106,12 @@ impl Core {
         })
     }
 
+    /// From now on rows are read from and written to `storage`, which holds the same.
+    pub fn use_storage(&mut self, storage: Arc<dyn Storage>) {
+        self.store.use_storage(storage.clone());
+        self.storage = storage;
+    }
+
     pub fn applied_index(&self) -> u64 {
         self.applied_index
     }

@@ -35,6 +35,11 @@ use crate::{
     raft::{Answer, Committed, Install},
 };
 
+/// Whether a log entry's request can be read, as this or an older member wrote it.
+pub fn is_readable(data: &bytes::Bytes) -> bool {
+    decode::request(data).is_ok() || crate::cluster::v2_request::read(data).is_ok()
+}
+
 /// Committed entries, ascending and without gaps.
 #[derive(Debug)]
 pub struct Work {

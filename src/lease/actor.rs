@@ -57,7 +57,6 @@ pub enum Control {
     Notices(Vec<LeaseNotice>),
     /// This member leads and has applied everything committed before.
     Leader {
-        leases: LeaseSet,
         term: u64,
     },
     Demoted,
@@ -79,6 +78,8 @@ pub struct LeaseActor<P> {
     /// The term the deadlines belong to.
     term: u64,
     proposer: P,
+    /// The leases of the newest view.
+    leases: Box<dyn Fn() -> LeaseSet>,
     start: Instant,
     /// Keepalives of leases that ran out and are not gone yet (L-9).
     waiting: HashMap<i64, Vec<oneshot::Sender<Renewed>>>,
@@ -88,12 +89,22 @@ pub struct LeaseActor<P> {
 
 impl<P: Proposer> LeaseActor<P> {
     /// `next_at`: where the ticker reads when it must tick next, in ms since the actor's start; `u64::MAX`: never.
-    pub fn new(expirer: Expirer, proposer: P, next_at: Arc<std::sync::atomic::AtomicU64>) -> Self {
-        Self { expirer, term: 0, proposer, start: Instant::now(), waiting: HashMap::new(), next_at }
+    pub fn new(
+        expirer: Expirer,
+        proposer: P,
+        leases: Box<dyn Fn() -> LeaseSet>,
+        next_at: Arc<std::sync::atomic::AtomicU64>,
+    ) -> Self {
+        Self { expirer, term: 0, proposer, leases, start: Instant::now(), waiting: HashMap::new(), next_at }
     }
 
     fn ms(&self, now: Instant) -> u64 {
         now.saturating_duration_since(self.start).as_millis() as u64
+    }
+
+    /// Rounded up: what begins now must not end a part of a millisecond early.
+    fn ms_up(&self, now: Instant) -> u64 {
+        now.saturating_duration_since(self.start).as_micros().div_ceil(1000) as u64
     }
 
     fn gone(&mut self, id: i64) {
@@ -128,7 +139,7 @@ impl<P: Proposer> Actor for LeaseActor<P> {
         let now = self.ms(turn.now);
         match ask {
             Ask::Renew { id, answer } => {
-                let renewed = match self.expirer.on_renew(id, now) {
+                let renewed = match self.expirer.on_renew(id, self.ms_up(turn.now)) {
                     Renewal::Renewed { ttl, clear_checkpoint } => Renewed::Ttl { ttl, clear_checkpoint },
                     Renewal::Expired => {
                         self.waiting.entry(id).or_default().push(answer);
@@ -151,7 +162,7 @@ impl<P: Proposer> Actor for LeaseActor<P> {
     fn on_control(&mut self, message: Control, turn: &Turn) -> Flow {
         match message {
             Control::Notices(notices) => {
-                let now = self.ms(turn.now);
+                let now = self.ms_up(turn.now);
                 for notice in notices {
                     match notice {
                         LeaseNotice::Granted { id, ttl } => self.expirer.on_granted(id, ttl, now),
@@ -159,9 +170,10 @@ impl<P: Proposer> Actor for LeaseActor<P> {
                     }
                 }
             }
-            Control::Leader { leases, term } => {
+            Control::Leader { term } => {
                 self.term = term;
-                self.expirer.on_leader(self.ms(turn.now), &leases);
+                // Looked at here: a lease granted meanwhile is in it, or its notice comes behind this message.
+                self.expirer.on_leader(self.ms_up(turn.now), &(self.leases)());
             }
             Control::Demoted => {
                 self.expirer.on_demoted();

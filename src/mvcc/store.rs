@@ -151,6 +151,11 @@ impl Store {
         })
     }
 
+    /// From now on rows are read from `storage`, which holds the same.
+    pub fn use_storage(&mut self, storage: Arc<dyn Storage>) {
+        self.storage = storage;
+    }
+
     /// Main revision of the newest write.
     pub fn revision(&self) -> i64 {
         self.revision

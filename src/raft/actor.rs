@@ -5,7 +5,7 @@ use std::sync::{
     atomic::{AtomicU64, Ordering},
 };
 
-use super::{Append, Committed, Control, Core, Input, Output, Status};
+use super::{Append, Committed, Control, Core, Input, Output, Room, Status};
 use crate::{
     actor::{Actor, Sender, Turn, shell::Flow},
     apply::{self, Replies},
@@ -133,7 +133,7 @@ impl Actor for RaftActor {
     }
 
     fn on_turn_end(&mut self, turn: &Turn) {
-        let room = self.wiring.wal.stats.has_room() && self.wiring.apply.stats.has_room();
+        let room = Room { log: self.wiring.wal.stats.has_room(), apply: self.wiring.apply.stats.has_room() };
         let applied = self.wiring.applied.load(Ordering::Relaxed);
         self.core.poll(applied, room, &mut self.output);
         self.carry_out();

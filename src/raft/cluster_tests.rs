@@ -8,7 +8,7 @@ use prost::Message as _;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use tokio::sync::oneshot;
 
-use super::{Core, Options, Output, Proposal, ReadRequest, core::Recovered};
+use super::{Core, Options, Output, Proposal, ReadRequest, Room, core::Recovered};
 use crate::{
     actor::Gate,
     apply::{ConfChanged, Error, Outcome, Reply, Response, Ticket},
@@ -163,7 +163,7 @@ impl Cluster {
     /// One round of a member's work: its disk answers, it applies, its messages go out.
     fn work(&mut self, id: u64) -> bool {
         let Some(node) = self.nodes.get_mut(&id) else { return false };
-        node.core.poll(node.applied_index, true, &mut node.output);
+        node.core.poll(node.applied_index, Room::EVERYWHERE, &mut node.output);
         let mut moved = false;
         for append in node.output.appends.drain(..) {
             if let Some(snapshot) = append.snapshot {
@@ -627,4 +627,79 @@ fn bad_days_end_well() {
     for seed in first..first + count {
         bad_day(seed);
     }
+}
+
+#[test]
+fn a_slow_applier_costs_the_leader_nothing_but_proposals() {
+    let (mut cluster, leader) = Cluster::led(3);
+    let term = cluster.nodes[&leader].core.reading().term;
+    cluster.propose(leader, "a");
+    // Its applier has no room from now on.
+    for _ in 0..40 {
+        cluster.tick();
+        let node = cluster.node(leader);
+        let applied = node.applied_index;
+        node.core.poll(applied, Room { log: true, apply: false }, &mut node.output);
+        let moved: Vec<_> = node.output.appends.drain(..).map(|append| append.number).collect();
+        for number in moved {
+            node.core.persisted(number, &mut node.output);
+        }
+        assert!(node.output.committed.is_empty(), "apply is given nothing");
+        let messages = std::mem::take(&mut node.output.messages);
+        messages.into_iter().for_each(|message| cluster.deliver(message));
+        for id in cluster.nodes.keys().copied().filter(|id| *id != leader).collect::<Vec<_>>() {
+            cluster.work(id);
+        }
+        let messages = std::mem::take(&mut cluster.network);
+        messages.into_iter().for_each(|message| cluster.deliver(message));
+    }
+    let now = cluster.nodes[&leader].core.reading();
+    assert!(now.is_leader && now.term == term, "heartbeats went on");
+    cluster.ticks(3);
+    let applied: BTreeSet<u64> = cluster.nodes.values().map(|node| node.applied_index).collect();
+    assert_eq!(applied.len(), 1, "and everything is made up for: {applied:?}");
+}
+
+#[test]
+fn an_id_that_comes_twice_answers_nobody_for_another_entry() {
+    let (mut cluster, leader) = Cluster::led(3);
+    let follower = other(&cluster, leader);
+    // A clock was set back: two requests have one id. The follower's never reaches the leader.
+    cluster.cut.insert((follower, leader));
+    let id = cluster.propose(follower, "mine");
+    cluster.settle();
+    cluster.ids -= 1;
+    assert_eq!(cluster.propose(leader, "theirs"), id);
+    cluster.cut.clear();
+    cluster.ticks(3);
+    let node = &cluster.nodes[&follower];
+    assert!(node.applied.values().any(|data| data.windows(6).any(|text| text == b"theirs")));
+    assert!(node.acknowledged.is_empty(), "the follower took another's entry for its own");
+}
+
+#[test]
+fn what_no_member_could_survive_is_not_taken() {
+    let (mut cluster, leader) = Cluster::led(3);
+    let follower = other(&cluster, leader);
+    let term = cluster.nodes[&leader].core.reading().term;
+    let heartbeat = raftpb::Message {
+        r#type: Some(raftpb::MessageType::MsgHeartbeat.into()),
+        to: Some(follower),
+        from: Some(leader),
+        term: Some(term),
+        commit: Some(1_000_000),
+        ..Default::default()
+    };
+    assert!(cluster.node(follower).core.step(heartbeat).unwrap_err().contains("does not have"));
+    let proposal = |data: &'static [u8]| raftpb::Message {
+        r#type: Some(raftpb::MessageType::MsgProp.into()),
+        to: Some(leader),
+        from: Some(follower),
+        entries: vec![raftpb::Entry { data: Some(Bytes::from_static(data)), ..Default::default() }],
+        ..Default::default()
+    };
+    assert!(cluster.node(leader).core.step(proposal(b"\xff\xff")).unwrap_err().contains("no member can apply"));
+    cluster.ticks(5);
+    cluster.agree();
+    assert_eq!(cluster.nodes[&leader].core.reading().term, term);
 }

@@ -189,6 +189,15 @@ fn message_type_from_pb(number: i32) -> Option<MessageType> {
     KINDS.into_iter().find(|kind| *kind as i32 == number)
 }
 
+/// Whether apply will be able to read a proposal: an entry that nobody can read must not get into the log.
+pub fn is_readable(entry: &rs::Entry) -> bool {
+    match entry.entry_type {
+        rs::EntryType::EntryNormal => crate::apply::is_readable(&entry.data),
+        _ => raftpb::ConfChange::decode(entry.data.clone())
+            .is_ok_and(|change| crate::cluster::Change::decode(&change).is_ok()),
+    }
+}
+
 /// The id of the request in an entry: how the member that proposed it finds who waits. 0: none.
 pub fn request_id(entry: &rs::Entry) -> u64 {
     if entry.entry_type != rs::EntryType::EntryNormal {

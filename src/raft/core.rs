@@ -61,6 +61,17 @@ pub struct Output {
     pub install: Option<Install>,
 }
 
+/// Where there is room downstream.
+#[derive(Clone, Copy, Debug)]
+pub struct Room {
+    pub log: bool,
+    pub apply: bool,
+}
+
+impl Room {
+    pub const EVERYWHERE: Room = Room { log: true, apply: true };
+}
+
 /// A log write under way.
 struct InFlight {
     number: u64,
@@ -84,8 +95,8 @@ pub struct Core {
     options: Options,
     /// Taken from the inbox, not yet in the log: no leader is known.
     queued: VecDeque<Proposal>,
-    /// Given to the leader, not yet applied; by request id.
-    pending: BTreeMap<u64, Ticket>,
+    /// Given to the leader, not yet applied; by request id, with their content.
+    pending: BTreeMap<u64, (Bytes, Ticket)>,
     /// Proposals of others that came while leadership is being handed over, and when.
     held_proposals: VecDeque<(u64, rs::Message)>,
     reads: Reads,
@@ -94,8 +105,9 @@ pub struct Core {
     answers: Vec<Answer>,
     /// Readys the WAL has not answered yet.
     in_flight: VecDeque<InFlight>,
-    /// Committed entries that wait for a membership change to be in force.
+    /// Committed entries that wait for a membership change to be in force, or for room in apply's inbox.
     held: VecDeque<Committed>,
+    held_bytes: usize,
     /// The membership change apply has been given.
     conf_change_at: Option<u64>,
     /// A follower's messages that must not go out before that change is in force.
@@ -120,6 +132,8 @@ const COMMITTED_BYTES_MAX: u64 = 4 << 20;
 const FORWARD_BYTES_MAX: usize = 1 << 20;
 /// Messages of others kept while nobody can take them; raft may lose any message, so more are dropped.
 const HELD_MAX: usize = 4096;
+/// Bytes of committed entries that wait for apply before this member stops taking more: as much again as apply's inbox holds.
+const HELD_BYTES_MAX: usize = 64 << 20;
 /// Ticks after which a read round is asked for again: 500 ms with the usual tick.
 const READ_RETRY_TICKS: u64 = 5;
 /// Ticks a log is kept for a follower after its snapshot was delivered: 30 s with the usual tick.
@@ -164,6 +178,7 @@ impl Core {
             answers: Vec::new(),
             in_flight: VecDeque::new(),
             held: VecDeque::new(),
+            held_bytes: 0,
             conf_change_at: None,
             held_messages: Vec::new(),
             durable_index,
@@ -200,7 +215,13 @@ impl Core {
     pub fn step(&mut self, message: raftpb::Message) -> Result<(), &'static str> {
         let message = convert::message_from_pb(message, self.options.id)?;
         match message.msg_type {
+            MessageType::MsgHeartbeat if message.commit > self.node.raft.raft_log.last_index() => {
+                return Err("it says that entries are committed which this log does not have: was its end lost?");
+            }
             MessageType::MsgPropose => {
+                if !message.entries.iter().all(convert::is_readable) {
+                    return Err("a proposal that no member can apply");
+                }
                 // Nobody waits for it here; a lost one costs its caller a timeout, so it is kept for the next leader.
                 if self.held_proposals.len() < HELD_MAX {
                     self.held_proposals.push_back((self.ticks, message));
@@ -236,7 +257,10 @@ impl Core {
         }
         self.campaign_alone();
         self.held_proposals.retain(|(since, _)| self.ticks - since < 2 * election_ticks);
-        self.snapshots_out.retain(|_, out| out.until_tick.is_none_or(|until| self.ticks < until));
+        let (ticks, members) = (self.ticks, self.node.raft.prs());
+        // Whoever was removed meanwhile gets none any more.
+        self.snapshots_out
+            .retain(|id, out| members.get(*id).is_some() && out.until_tick.is_none_or(|until| ticks < until));
 
         let late = |ticket: &Ticket| ticket.deadline <= now;
         // Deadlines differ between callers, so the whole queue is looked at; it is long only when nothing moves.
@@ -248,9 +272,9 @@ impl Core {
             self.answers.extend(gone.into_iter().map(|p| (p.ticket.reply, Err(Error::DeadlineExceeded))));
         }
         // Given to the leader: it may still take effect (D-17, D-20).
-        let gone: Vec<u64> = self.pending.iter().filter(|(_, ticket)| late(ticket)).map(|(id, _)| *id).collect();
+        let gone: Vec<u64> = self.pending.iter().filter(|(_, (_, ticket))| late(ticket)).map(|(id, _)| *id).collect();
         let gone = gone.into_iter().filter_map(|id| self.pending.remove(&id));
-        self.answers.extend(gone.map(|ticket| (ticket.reply, Err(Error::Timeout))));
+        self.answers.extend(gone.map(|(_, ticket)| (ticket.reply, Err(Error::Timeout))));
         let gone = self.reads.late(now);
         self.answers.extend(gone.into_iter().map(|read| (read.reply, Err(Error::Timeout))));
     }
@@ -374,19 +398,25 @@ impl Core {
     pub fn stop(&mut self) {
         self.stopping = true;
         self.answers.extend(self.queued.drain(..).map(|p| (p.ticket.reply, Err(Error::Stopped))));
-        self.answers.extend(std::mem::take(&mut self.pending).into_values().map(|t| (t.reply, Err(Error::Stopped))));
+        let pending = std::mem::take(&mut self.pending).into_values();
+        self.answers.extend(pending.map(|(_, ticket)| (ticket.reply, Err(Error::Stopped))));
         self.answers.extend(self.reads.take_all().into_iter().map(|read| (read.reply, Err(Error::Stopped))));
     }
 
-    /// Puts what waits into the log and makes every Ready there is, as long as `room` says there is room downstream.
-    pub fn poll(&mut self, applied: u64, room: bool, output: &mut Output) {
-        if room {
-            self.propose_queued(applied);
+    /// Puts what waits into the log, makes every Ready that the log's writer has room for, and gives apply what it has
+    /// room for. A slow applier holds up neither heartbeats nor votes nor commits.
+    pub fn poll(&mut self, applied: u64, room: Room, output: &mut Output) {
+        if room.log && self.held_bytes < HELD_BYTES_MAX {
+            if room.apply {
+                self.propose_queued(applied);
+            }
             self.step_held();
             self.ask_for_reads();
             while self.node.has_ready() {
                 self.take_ready(output);
             }
+        }
+        if room.apply {
             self.hand_out_held(output);
         }
         output.answers.append(&mut self.answers);
@@ -421,9 +451,9 @@ impl Core {
                 bytes += proposal.data.len();
                 let entry_type =
                     if proposal.conf_change { rs::EntryType::EntryConfChange } else { rs::EntryType::EntryNormal };
-                entries.push(rs::Entry { entry_type, data: proposal.data, ..Default::default() });
+                entries.push(rs::Entry { entry_type, data: proposal.data.clone(), ..Default::default() });
                 ids.push(proposal.id);
-                self.pending.insert(proposal.id, proposal.ticket);
+                self.pending.insert(proposal.id, (proposal.data, proposal.ticket));
             }
             let message = rs::Message {
                 msg_type: MessageType::MsgPropose,
@@ -437,7 +467,7 @@ impl Core {
                 Err(_) => (0..ids.len()).collect(),
             };
             for place in refused {
-                if let Some(ticket) = self.pending.remove(&ids[place]) {
+                if let Some((_, ticket)) = self.pending.remove(&ids[place]) {
                     self.answers.push((ticket.reply, Err(Error::ProposalDropped)));
                 }
             }
@@ -563,6 +593,7 @@ impl Core {
             // What the snapshot covers need not be applied any more.
             if !sim::has(Bug::SnapshotKeepsEntries) {
                 self.held.clear();
+                self.held_bytes = 0;
             }
             self.conf_change_at = None;
             self.installed_index = install.index;
@@ -613,7 +644,8 @@ impl Core {
         }
         for entry in committed {
             assert!(entry.index <= self.durable_index, "entry {} is committed but not durable here", entry.index);
-            let ticket = if self.pending.is_empty() { None } else { self.pending.remove(&convert::request_id(&entry)) };
+            let ticket = self.take_ticket(&entry);
+            self.held_bytes += entry.data.len();
             self.held.push_back(Committed {
                 index: entry.index,
                 term: entry.term,
@@ -622,6 +654,17 @@ impl Core {
                 ticket,
             });
         }
+    }
+
+    /// Who waits for this entry here. An id that came twice, after a clock was set back, pairs nobody with another's entry.
+    fn take_ticket(&mut self, entry: &rs::Entry) -> Option<Ticket> {
+        if self.pending.is_empty() {
+            return None;
+        }
+        let id = convert::request_id(entry);
+        let (data, _) = self.pending.get(&id)?;
+        let is_same = data.as_ptr() == entry.data.as_ptr() || *data == entry.data;
+        if is_same { self.pending.remove(&id).map(|(_, ticket)| ticket) } else { None }
     }
 
     /// Messages as they go out: contexts of reads are given back to whom they belong, snapshots are noted.
@@ -660,6 +703,7 @@ impl Core {
             && !self.installing
             && let Some(entry) = self.held.pop_front()
         {
+            self.held_bytes -= entry.data.len();
             if entry.conf_change {
                 self.conf_change_at = Some(entry.index);
             } else {

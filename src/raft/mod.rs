@@ -30,7 +30,7 @@ use bytes::Bytes;
 
 pub use actor::{RaftActor, Wiring};
 pub use convert::{CONF_CHANGE, NORMAL};
-pub use core::{Core, Options, Output, Recovered};
+pub use core::{Core, Options, Output, Recovered, Room};
 pub use reads::ReadRequest;
 pub use status::{Reading, Status};
 

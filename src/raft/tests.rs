@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
-use super::{Append, Core, Options, Output, Proposal, core::Recovered};
+use super::{Append, Core, Options, Output, Proposal, Room, core::Recovered};
 use crate::{
     actor::Gate,
     apply::{ConfChanged, Error, Reply, Ticket},
@@ -57,7 +57,7 @@ impl Bench {
     }
 
     fn poll(&mut self) {
-        self.core.poll(self.applied, true, &mut self.output);
+        self.core.poll(self.applied, Room::EVERYWHERE, &mut self.output);
     }
 
     fn propose(&mut self, data: &'static [u8]) {
@@ -183,7 +183,7 @@ fn proposals_of_one_turn_share_one_append() {
 fn no_ready_is_taken_without_room() {
     let mut bench = Bench::leading();
     bench.propose(b"x");
-    bench.core.poll(bench.applied, false, &mut bench.output);
+    bench.core.poll(bench.applied, Room { log: false, apply: true }, &mut bench.output);
     assert!(bench.output.appends.is_empty());
     bench.poll();
     assert_eq!(bench.output.appends.len(), 1);

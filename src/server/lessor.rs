@@ -61,8 +61,8 @@ impl actor::Proposer for Proposer {
 pub async fn follow_leadership(server: Arc<Server>) {
     loop {
         let led = server.raft_status.until(|now| now.is_leader).await;
-        let view = server.view.until(|view| view.applied_term >= led.term).await;
-        server.leases.control(Control::Leader { leases: view.leases.clone(), term: led.term });
+        server.view.until(|view| view.applied_term >= led.term).await;
+        server.leases.control(Control::Leader { term: led.term });
         server.raft_status.until(|now| !now.is_leader || now.term != led.term).await;
         server.leases.control(Control::Demoted);
     }

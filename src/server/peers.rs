@@ -17,7 +17,7 @@ use crate::{
     actor::Gate,
     api::Server,
     apply,
-    pb::raftpb::{Message, Snapshot, SnapshotMetadata},
+    pb::raftpb::{Message, MessageType, Snapshot, SnapshotMetadata},
     peer::{Chunks, Databases, Incoming},
     raft::{self, Input, Install, message_bytes},
     snapshot::{
@@ -43,6 +43,15 @@ impl ToRaft {
 
 impl Incoming for ToRaft {
     fn message(&self, message: Message) {
+        // It counts only with its database, which comes another way.
+        if message.r#type() == MessageType::MsgSnap {
+            self.server.raft_status.messages_refused.fetch_add(1, Ordering::Relaxed);
+            tracing::warn!(
+                from = format!("{:x}", message.from()),
+                "a peer's snapshot without its database is not taken"
+            );
+            return;
+        }
         let taken = self.gate.try_enter(message_bytes(&message)).is_some_and(|permit| {
             let input = Input::Step(Box::new(message), permit);
             self.server.raft.try_send(input).is_ok()
@@ -202,9 +211,12 @@ pub fn install(
     let before = dir.current()?;
     import::switch(dir, install.index)?;
     let name = dir.current()?.context("CURRENT was just written")?;
-    let old = in_use.replace(FjallStorage::open(&dir.path(&name), &Options::default())?);
-    let core = apply::Core::open(in_use.clone(), settings.clone())?;
+    let new = Arc::new(FjallStorage::open(&dir.path(&name), &Options::default())?);
+    let mut core = apply::Core::open(new.clone(), settings.clone())?;
     anyhow::ensure!(core.applied_index() == install.index, "the store is of index {}", core.applied_index());
+    // Last: readers of the view before it find rows gone from now on, and go on when the new view is out.
+    let old = in_use.replace(new);
+    core.use_storage(in_use.clone());
     if let Some(path) = before.map(|before| dir.path(&before)) {
         // Readers that are under way keep it; what is left at the next start goes then.
         std::thread::Builder::new().name("old-store".into()).spawn(move || {

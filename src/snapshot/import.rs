@@ -85,6 +85,10 @@ fn build(file: Box<dyn Source>, stores: &StoreDir, name: &str, expected: Option<
 
 /// Makes the prepared store of `index` the one in use. Durable when it returns.
 pub fn switch(stores: &StoreDir, index: u64) -> Result<(), Error> {
+    let path = stores.path(&store_name(index));
+    if !path.try_exists()? {
+        return Err(Error::Refused(format!("there is no store {} to go on with", path.display())));
+    }
     Ok(stores.switch_to(&store_name(index))?)
 }
 

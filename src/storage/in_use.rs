@@ -21,8 +21,8 @@ impl<S> StoreInUse<S> {
     }
 
     /// The one before it: its files may go when nobody else holds it.
-    pub fn replace(&self, store: S) -> Arc<S> {
-        self.0.swap(Arc::new(store))
+    pub fn replace(&self, store: Arc<S>) -> Arc<S> {
+        self.0.swap(store)
     }
 }
 

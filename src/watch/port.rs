@@ -34,9 +34,11 @@ impl Port {
     }
 
     pub fn publish(&self, published: Published) {
-        if self.published.try_send(published).is_err() {
+        if let Err(full) = self.published.try_send(published) {
             // The hub looks at the newest view when it has drained what is queued.
             self.skipped.fetch_add(1, Ordering::SeqCst);
+            // It may have drained all before it could see that: then this message wakes it.
+            let _ = self.published.try_send(full.into_inner());
         }
     }
 }

@@ -238,9 +238,11 @@ impl Member {
         self.stores.current = Some(install.index);
         let new = self.stores.current().expect("the store was prepared before the record").clone();
         let write = if sim::has(Bug::InstallKeepsOldStore) { old } else { new.clone() };
-        process.in_use.replace(Rows { read: new, write });
-        let core = apply::Core::open(process.in_use.clone(), process.settings.clone()).expect("a prepared store opens");
+        let rows = Arc::new(Rows { read: new, write });
+        let mut core = apply::Core::open(rows.clone(), process.settings.clone()).expect("a prepared store opens");
         assert_eq!(core.applied_index(), install.index, "the store is of another index");
+        process.in_use.replace(rows);
+        core.use_storage(process.in_use.clone());
         for (reply, outcome) in std::mem::replace(&mut process.core, core).abandon() {
             reply.answer(outcome);
         }

@@ -57,6 +57,8 @@ pub struct Config {
     pub apply: (u64, u64),
     /// Entries in one batch of apply, at most.
     pub batch: usize,
+    /// Entries that may wait for apply, about.
+    pub apply_queue: usize,
     /// Keys looked at in one slice of clean-up.
     pub clean: usize,
     pub snapshot_transfer: (u64, u64),
@@ -193,6 +195,7 @@ impl Plan {
             disk: span(rng, &[(50, 500), (500, 5 * MS), (100, 40 * MS)]),
             apply: span(rng, &[(10, 100), (100, 3 * MS), (10, 30 * MS)]),
             batch: *[1, 3, 1_000].choose(rng).expect("there are choices"),
+            apply_queue: *[1, 20, 10_000].choose(rng).expect("there are choices"),
             clean: *[1, 5, 200].choose(rng).expect("there are choices"),
             snapshot_transfer: span(rng, &[(MS, 20 * MS), (50 * MS, 800 * MS)]),
             snapshot_loss: *[0.0, 0.0, 0.3].choose(rng).expect("there are choices"),

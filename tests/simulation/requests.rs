@@ -24,7 +24,7 @@ impl World {
     // Leases
 
     pub fn follow_leadership(&mut self, m: usize) {
-        let now_ms = self.now / MS;
+        let now_ms = self.now.div_ceil(MS);
         let id = self.members[m].id;
         let process = self.process(m);
         let now = process.raft.reading();
@@ -119,7 +119,7 @@ impl World {
                 return;
             }
             let alive = process.view.load().leases.contains(lease);
-            match process.expirer.on_renew(lease, now / MS) {
+            match process.expirer.on_renew(lease, now.div_ceil(MS)) {
                 Renewed::Renewed { ttl, .. } => answer = Some(if alive { ttl } else { 0 }),
                 Renewed::Expired | Renewed::Unknown if !alive => answer = Some(0),
                 _ => {}

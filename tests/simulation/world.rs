@@ -17,6 +17,7 @@ use actd::{
         etcdserverpb::RangeRequest,
         raftpb::{self, MessageType},
     },
+    raft::Room,
     snapshot::import::Expected,
     wal::sim::Fault as DiskFault,
     watch::{Published, StreamId},
@@ -618,9 +619,10 @@ impl World {
         if !self.is_up(m) {
             return;
         }
+        let most = self.plan.config.apply_queue;
         let process = self.process(m);
-        let room = process.wal_queue.len() < 64;
-        process.raft.poll(process.applied, room, &mut process.output);
+        let (room, apply) = (process.wal_queue.len() < 64, process.work.len() < most);
+        process.raft.poll(process.applied, Room { log: room, apply }, &mut process.output);
         let output = std::mem::take(&mut process.output);
         process.wal_queue.extend(output.appends.into_iter().map(Job::Append));
         process.installs.extend(output.install);
@@ -744,7 +746,8 @@ impl World {
             Ok(None) => return,
             Err(e) => panic!("memory fails only when told to: {e}"),
         };
-        let now_ms = self.now / MS;
+        self.publish(m, effects.changes);
+        let now_ms = self.now.div_ceil(MS);
         let process = self.process(m);
         for notice in effects.lease_notices {
             match notice {
@@ -752,7 +755,6 @@ impl World {
                 actd::apply::LeaseNotice::Gone { id } => process.expirer.on_revoked(id),
             }
         }
-        self.publish(m, effects.changes);
         for (reply, outcome) in effects.answers {
             reply.answer(outcome);
         }
