@@ -49,11 +49,15 @@ pub struct CompactionJob {
 
 impl CompactionJob {
     /// Scans all rows: not for a thread that others wait for.
+    ///
+    /// Where nothing is alive at its revision this is not what [`scan_kv`] gives, as in etcd.
     pub fn run(self) -> Result<HashKv, Error> {
+        let mut gone = self.index.condemned(self.at, self.previous).into_iter().peekable();
         let scan = |visit: Visit<'_>| self.rows.scan(Bucket::Key, &[], &[], visit);
-        // Unlike in `scan_kv`, nothing alive does not mean that everything counts: etcd's compaction keeps the tombstone
-        // that is then at its revision.
-        let hash = hash_rows(scan, self.at, self.previous, self.index.keep(self.at))?;
+        let hash = hash_rows(scan, self.at, |rev, _| {
+            while gone.next_if(|gone| *gone < rev).is_some() {}
+            gone.peek() != Some(&rev)
+        })?;
         Ok(HashKv { hash, compact_revision: self.previous, hash_revision: self.at })
     }
 }
@@ -90,7 +94,15 @@ pub fn scan_kv(view: &View, storage: &dyn Storage, revision: i64) -> Result<Hash
         });
         keep.sort_unstable();
     }
-    let hash = hash_rows(|visit| storage.scan(Bucket::Key, &[], &[], visit), at, compacted, keep)?;
+    let mut keep = keep.into_iter().peekable();
+    let hash = hash_rows(
+        |visit| storage.scan(Bucket::Key, &[], &[], visit),
+        at,
+        |rev, tombstone| {
+            while keep.next_if(|kept| *kept < rev).is_some() {}
+            rev.main > compacted || keep.peek() == Some(&rev) && !(tombstone && rev.main == compacted)
+        },
+    )?;
     // A compaction that the view does not know may have taken rows from under the scan. It was noted before.
     if let Some(mark) = storage.get(Bucket::Meta, SCHEDULED_COMPACT_KEY)?
         && Revision::from_row_key(&mark).is_none_or(|(rev, _)| rev.main > compacted)
@@ -100,14 +112,12 @@ pub fn scan_kv(view: &View, storage: &dyn Storage, revision: i64) -> Result<Hash
     Ok(HashKv { hash, compact_revision: compacted, hash_revision: at })
 }
 
-/// Over the rows up to `at`; those up to `compacted` count only if they are in `keep`, which ascends.
+/// Over the rows up to `at` that `counts` lets pass: revision, tombstone.
 fn hash_rows(
     scan: impl FnOnce(Visit<'_>) -> Result<(), storage::Error>,
     at: i64,
-    compacted: i64,
-    keep: Vec<Revision>,
+    mut counts: impl FnMut(Revision, bool) -> bool,
 ) -> Result<u32, Error> {
-    let mut keep = keep.into_iter().peekable();
     let mut hash = crc32c::crc32c(Bucket::Key.name().as_bytes());
     let mut damaged = false;
     scan(&mut |key, value| {
@@ -118,11 +128,8 @@ fn hash_rows(
         if rev.main > at {
             return false;
         }
-        if rev.main <= compacted {
-            while keep.next_if(|kept| *kept < rev).is_some() {}
-            if keep.peek() != Some(&rev) || (tombstone && rev.main == compacted) {
-                return true;
-            }
+        if !counts(rev, tombstone) {
+            return true;
         }
         hash = crc32c::crc32c_append(hash, key);
         hash = crc32c::crc32c_append(hash, &value);

@@ -269,9 +269,8 @@ fn two_followers_of_five_take_snapshots_at_once() {
             cluster.members[i].kill();
         }
         let writers = Writers::start(&cluster);
-        writers.leave_behind(Duration::ZERO).await;
         let mark = writers.mark();
-        tokio::time::sleep(Duration::from_secs(1)).await;
+        writers.leave_behind(Duration::ZERO).await;
         let before = writers.rate(mark);
         let log_before = away.map(|i| cluster.members[i].log().len());
         let mark = writers.mark();
