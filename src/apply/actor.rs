@@ -230,7 +230,7 @@ impl Actor for ApplyActor {
             metrics.compaction_last.store(unix_secs(), Ordering::Relaxed);
             let compact_revision = view.kv.compact_revision;
             let hash = view.kv.hashes.at(compact_revision).map(|found| found.hash);
-            tracing::info!(compact_revision, ?hash, ?took, "finished scheduled compaction");
+            tracing::info!(compact_revision, hash, ?took, "finished scheduled compaction");
         }
         if !self.core.is_cleaning() {
             for waiter in self.defragment_waiters.drain(..) {
