@@ -282,6 +282,7 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
             let (in_use, settings) = (storage.clone(), opened.settings);
             move |install| peers::install(install, &in_use, &stores, &settings)
         }),
+        hash: corruption::hasher(apply_tx.clone()),
         slow_apply: config.warning_apply_duration.to_std(),
         on_members: Box::new({
             let (transport, server, own) = (transport.clone(), server.clone(), ids.member);
@@ -378,6 +379,11 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
     if config.corrupt_check_time > GoDuration::ZERO {
         let every = config.corrupt_check_time.to_std();
         tasks.push(tokio::spawn(corruption::watch(server.clone(), every, own_runtime)));
+    }
+
+    if config.feature_gates.enabled("CompactHashCheck") {
+        let every = config.compact_hash_check_time.to_std();
+        tasks.push(tokio::spawn(corruption::watch_compactions(server.clone(), every, own_runtime)));
     }
 
     // Clients come in only now (G-14).

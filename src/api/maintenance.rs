@@ -184,14 +184,7 @@ impl Maintenance for Handle {
     }
 
     async fn hash_kv(&self, request: Request<HashKvRequest>) -> Result<Response<HashKvResponse>, Status> {
-        let (revision, began) = (request.into_inner().revision, Instant::now());
-        let server = self.server.clone();
-        let scan = move || {
-            let view = server.view.load_full();
-            server.read(view, |view| hash::hash_kv(&view.kv, &*server.storage, revision))
-        };
-        let (view, found) = tokio::task::spawn_blocking(scan).await.map_err(|e| Status::internal(e.to_string()))??;
-        self.server.metrics.hashes_at_revision.record(began.elapsed());
+        let (view, found) = self.server.hash_kv(request.into_inner().revision).await?;
         Ok(Response::new(HashKvResponse {
             header: Some(self.server.header_of(&view)),
             hash: found.hash,

@@ -28,7 +28,10 @@ use crate::{
     apply::{self, ApplySender, Error, Reply, Response, Ticket, View, ViewCell},
     cluster::v2_request,
     lease::actor::{Ask as LeaseAsk, Control as LeaseControl},
-    mvcc,
+    mvcc::{
+        self,
+        hash::{self, HashKv},
+    },
     pb::etcdserverpb::{InternalRaftRequest, RequestHeader, ResponseHeader},
     peer::Links,
     raft::{self, Input, Proposal, RaftSender, ReadRequest},
@@ -223,6 +226,21 @@ impl Server {
                 done => return done.map(|found| (view, found)),
             }
         }
+    }
+
+    /// What HashKV answers, to clients and to other members, and the view that was current then.
+    pub async fn hash_kv(self: &Arc<Self>, revision: i64) -> Result<(Arc<View>, HashKv), Error> {
+        let server = self.clone();
+        let scan = move || {
+            let (began, view) = (Instant::now(), server.view.load_full());
+            let is_kept = view.kv.hashes.at(revision).is_some();
+            let found = server.read(view, |view| hash::hash_kv(&view.kv, &*server.storage, revision));
+            if !is_kept && found.is_ok() {
+                server.metrics.hashes_at_revision.record(began.elapsed());
+            }
+            found
+        };
+        Ok(tokio::task::spawn_blocking(scan).await.map_err(|e| Error::Storage(e.to_string()))??)
     }
 
     /// Refuses what costs space when there is none (M-16, G-15): before any other check.

@@ -12,6 +12,7 @@ use super::{Batch, Control, Core, Replies, ViewCell, Work, core::LeaseNotice};
 use crate::{
     actor::{Actor, Turn, shell::Flow},
     cluster::Members,
+    mvcc::hash::CompactionJob,
     raft::{self, Install},
     telemetry::Metrics,
     watch,
@@ -31,6 +32,8 @@ pub struct Wiring {
     pub metrics: Metrics,
     /// Switches to the store of a snapshot and reads its state.
     pub install: Box<dyn FnMut(Install) -> anyhow::Result<Core> + Send>,
+    /// Computes the hash of a compaction elsewhere and always sends [`Control::Hashed`] in the end.
+    pub hash: Box<dyn Fn(CompactionJob) + Send>,
     /// An entry that takes longer is worth a line in the log.
     pub slow_apply: Duration,
     /// Told of the members whenever they have changed, before raft is.
@@ -45,7 +48,7 @@ pub struct ApplyActor {
     wiring: Wiring,
     answers: Batch,
     defragment_waiters: Vec<tokio::sync::oneshot::Sender<()>>,
-    cleaning_since: Option<Instant>,
+    compacting_since: Option<Instant>,
 }
 
 /// For the time of the last compaction alone.
@@ -60,17 +63,19 @@ const CLEAN_KEYS: usize = 200;
 impl ApplyActor {
     pub fn new(core: Core, wiring: Wiring) -> Self {
         let answers = wiring.replies.batch();
-        Self { core, wiring, answers, defragment_waiters: Vec::new(), cleaning_since: None }
+        Self { core, wiring, answers, defragment_waiters: Vec::new(), compacting_since: None }
     }
 
     /// Takes on the state of a leader's snapshot. Control comes before data, so nothing is in hand.
     fn install(&mut self, install: Install) {
         self.wiring.metrics.installs_running.store(1, Ordering::Relaxed);
-        let core = match (self.wiring.install)(install) {
+        let mut core = match (self.wiring.install)(install) {
             Ok(core) => core,
             // The record is in the log: only a restart can make it good.
             Err(e) => panic!("cannot take on the snapshot at {}: {e:#}", install.index),
         };
+        core.follow(&self.core);
+        self.compacting_since = None;
         (self.wiring.on_members)(core.members());
         for (reply, outcome) in std::mem::replace(&mut self.core, core).abandon() {
             self.answers.add(reply, outcome);
@@ -189,6 +194,10 @@ impl Actor for ApplyActor {
                 self.install(install);
                 Flow::Continue
             }
+            Control::Hashed(hash) => {
+                self.core.hashed(hash);
+                Flow::Continue
+            }
             Control::Stop(done) => {
                 self.commit();
                 let _ = done.send(());
@@ -199,19 +208,30 @@ impl Actor for ApplyActor {
 
     fn on_turn_end(&mut self, _: &Turn) {
         self.commit();
+        // The rows as they stand before clean-up takes any.
+        if let Some(job) = self.core.take_hash_job() {
+            (self.wiring.hash)(job);
+        }
+        if self.core.is_compacting() {
+            self.compacting_since.get_or_insert_with(Instant::now);
+        }
         // One slice of clean-up per turn, after the entries are out, so that writes never wait for more than that.
         if self.core.is_cleaning() {
-            let began = *self.cleaning_since.get_or_insert_with(Instant::now);
             let slice = Instant::now();
             self.core.clean_slice(CLEAN_KEYS);
             self.commit();
+            self.wiring.metrics.compaction_pauses.record_ms(slice.elapsed());
+        }
+        if !self.core.is_compacting()
+            && let Some(began) = self.compacting_since.take()
+        {
+            let (took, view) = (began.elapsed(), self.wiring.view.load());
             let metrics = &self.wiring.metrics;
-            metrics.compaction_pauses.record_ms(slice.elapsed());
-            if !self.core.is_cleaning() {
-                self.cleaning_since = None;
-                metrics.compactions.record_ms(began.elapsed());
-                metrics.compaction_last.store(unix_secs(), Ordering::Relaxed);
-            }
+            metrics.compactions.record_ms(took);
+            metrics.compaction_last.store(unix_secs(), Ordering::Relaxed);
+            let compact_revision = view.kv.compact_revision;
+            let hash = view.kv.hashes.at(compact_revision).map(|found| found.hash);
+            tracing::info!(compact_revision, hash, ?took, "finished scheduled compaction");
         }
         if !self.core.is_cleaning() {
             for waiter in self.defragment_waiters.drain(..) {

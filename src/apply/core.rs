@@ -10,7 +10,12 @@ use crate::{
     actor::Permit,
     cluster::{Change as MemberChange, Members, v2_request},
     lease::{self, Leases},
-    mvcc::{self, change::Change, store::Store},
+    mvcc::{
+        self,
+        change::Change,
+        hash::{CompactionJob, HashKv},
+        store::Store,
+    },
     pb::{
         etcdserverpb::{self as pb, InternalRaftRequest, alarm_request::AlarmAction},
         raftpb,
@@ -79,6 +84,8 @@ pub struct Core {
     stored_applied: u64,
     effects: Effects,
     compact_waiters: Vec<CompactWaiter>,
+    /// Readers or waiters are to be told something although nothing was applied.
+    news: bool,
 }
 
 impl Core {
@@ -103,6 +110,7 @@ impl Core {
             stored_applied: applied_index,
             effects: Effects::default(),
             compact_waiters: Vec::new(),
+            news: false,
         })
     }
 
@@ -340,6 +348,11 @@ impl Core {
         self.effects.conf_changed = Some(ConfChanged { index: entry.index, change, answer });
     }
 
+    /// This state takes the place of `before`.
+    pub fn follow(&mut self, before: &Self) {
+        self.store.inherit_hashes(&before.store);
+    }
+
     /// Another state takes the place of this one: whoever still waits for something of it.
     pub fn abandon(self) -> impl Iterator<Item = (Reply, Outcome)> {
         self.compact_waiters.into_iter().map(|w| (w.reply, w.outcome))
@@ -348,6 +361,22 @@ impl Core {
     /// True while condemned rows wait to be deleted.
     pub fn is_cleaning(&self) -> bool {
         self.store.is_cleaning()
+    }
+
+    /// True while a compaction has not deleted all it condemns or has not left its hash.
+    pub fn is_compacting(&self) -> bool {
+        self.store.is_compacting()
+    }
+
+    /// The hash to compute of a compaction, if any. After its commit, before the next slice of clean-up.
+    pub fn take_hash_job(&mut self) -> Option<CompactionJob> {
+        self.store.take_hash_job()
+    }
+
+    /// What came of the job.
+    pub fn hashed(&mut self, hash: Option<HashKv>) {
+        self.store.hashed(hash);
+        self.news = true;
     }
 
     /// Deletes some condemned rows. Only after the view with the compaction is out.
@@ -361,7 +390,7 @@ impl Core {
         let (mut batch, changes) = self.store.take_batch();
         batch.writes.append(&mut self.batch.writes);
         let moved = self.applied_index != self.stored_applied;
-        if !moved && batch.is_empty() && self.effects.conf_changed.is_none() {
+        if !moved && batch.is_empty() && self.effects.conf_changed.is_none() && !self.news {
             return Ok(None);
         }
         if sim::has(Bug::AppliedIndexBeforeData) && moved {
@@ -377,10 +406,11 @@ impl Core {
             self.storage.commit(batch)?;
         }
         self.stored_applied = self.applied_index;
+        self.news = false;
         self.store.committed();
         let mut effects = std::mem::take(&mut self.effects);
         effects.changes = changes;
-        if !self.store.is_cleaning() {
+        if !self.store.is_compacting() {
             effects.answers.extend(self.compact_waiters.drain(..).map(|w| (w.reply, w.outcome)));
         }
         Ok(Some(effects))

@@ -31,6 +31,7 @@ pub use view::{View, ViewCell};
 use crate::{
     actor::{Inbox, Message, Sender},
     cluster::Members,
+    mvcc::hash::HashKv,
     pb::{etcdserverpb as pb, raftpb::ConfChangeType},
     raft::{Answer, Committed, Install},
 };
@@ -60,6 +61,8 @@ pub enum Control {
     Defragment(tokio::sync::oneshot::Sender<()>),
     /// Go on from this snapshot, whose store directory is complete.
     Install(Install),
+    /// What came of the job handed to [`Wiring::hash`].
+    Hashed(Option<HashKv>),
     /// Finish the batch in hand and end.
     Stop(std::sync::mpsc::SyncSender<()>),
 }

@@ -198,6 +198,38 @@ fn unknown_entry_ends_the_process() {
 }
 
 #[test]
+fn physical_compaction_answers_with_its_hash() {
+    // M-30, KV-78
+    let mut core = open(&Arc::new(MemStorage::new()));
+    core.apply(entry(1, &put("a", 0)));
+    core.apply(entry(2, &put("a", 0)));
+    let compaction = Some(CompactionRequest { revision: 3, physical: true });
+    let request = InternalRaftRequest { compaction, ..Default::default() };
+    let (reply, _) = super::Reply::new(0);
+    let ticket = super::Ticket {
+        request: Box::new(request.clone()),
+        reply,
+        deadline: std::time::Instant::now(),
+        permit: crate::actor::Gate::new("test", 1, 100).try_enter(1).unwrap(),
+    };
+    core.apply(Committed { ticket: Some(ticket), ..entry(3, &request) });
+    assert!(core.commit().unwrap().unwrap().answers.is_empty(), "its rows are there");
+    let job = core.take_hash_job().unwrap();
+    core.clean_slice(100);
+    assert!(!core.is_cleaning());
+    assert!(core.commit().unwrap().unwrap().answers.is_empty(), "its hash is not");
+    assert!(core.commit().unwrap().is_none());
+    core.hashed(Some(job.run().unwrap()));
+    assert!(matches!(core.commit().unwrap().unwrap().answers[..], [(_, Ok(Response::Compact(_)))]));
+    assert_eq!(core.view().kv.hashes.at(3).unwrap().compact_revision, -1);
+    // The state of a snapshot goes on with it.
+    let mut next = open(&Arc::new(MemStorage::new()));
+    next.follow(&core);
+    assert!(next.view().kv.hashes.at(3).is_some());
+    assert!(!next.is_compacting());
+}
+
+#[test]
 fn unknown_alarm_action_is_an_error() {
     // M-9
     let mut core = open(&Arc::new(MemStorage::new()));

@@ -161,7 +161,6 @@ const AUTH: &str = "users and roles";
 const GATEWAY: &str = "the JSON gateway";
 const TRACING: &str = "distributed tracing";
 const ROTATION: &str = "log rotation";
-const CORRUPTION: &str = "corruption checks";
 const BBOLT: &str = "nothing: the storage engine has no such setting";
 
 const fn choice(words: &'static [&'static str], slot: fn(&mut Config) -> &mut String) -> Kind {
@@ -460,7 +459,7 @@ pub static TABLE: &[Group] = &[
             flag("corrupt-check-time", Duration(|c| &mut c.corrupt_check_time), "0s",
                 "how often members compare their data; 0 never"),
             flag("compact-hash-check-time", Duration(|c| &mut c.compact_hash_check_time), "1m0s",
-                "how often the leader compares hashes of compactions, with gate CompactHashCheck").waits(CORRUPTION),
+                "how often the leader compares hashes of compactions, with gate CompactHashCheck"),
             flag("compaction-batch-limit", Int(|c| &mut c.compaction_batch_limit), "0",
                 "revisions looked at before a compaction pauses; 0 means 1000")
                 .waits("tuning of the clean-up"),

@@ -150,11 +150,13 @@ impl History {
 
     /// Whether a compaction at `at` would take anything away.
     pub fn has_condemned(&self, at: i64) -> bool {
-        let mut rows = self.up_to(at);
-        match rows.next() {
-            None => false,
-            Some(newest) => !stays(&newest, true, at) || rows.any(|row| !stays(&row, false, at)),
-        }
+        self.condemned(at).next().is_some()
+    }
+
+    /// What a compaction at `at` would take away, newest first.
+    pub fn condemned(&self, at: i64) -> impl Iterator<Item = Revision> + '_ {
+        let mut newest = true;
+        self.up_to(at).filter(move |row| !stays(row, std::mem::take(&mut newest), at)).map(|row| row.revision)
     }
 
     /// Drops what a compaction at `at` condemns and appends it to `removed`, oldest first. Returns false, and leaves

@@ -12,7 +12,7 @@ use rand::{RngExt, SeedableRng, rngs::StdRng};
 use super::{
     Error, KeyRange, Revision, View,
     change::Change,
-    hash::{HashKv, hash_kv},
+    hash::{CompactionJob, HashKv, hash_kv},
     range::{RangeCursor, range},
     record::{KeyValue, RawKeyValue},
     replay::{self, Limit},
@@ -277,18 +277,30 @@ impl Model {
                 keep.push(newest.rev);
             }
         }
-        let mut bytes = b"key".to_vec();
-        for row in self.rows() {
+        let counts = |row: &&Event| {
             let (main, tombstone) = (row.rev.main, row.kv.is_none());
             let condemned = main <= k && !keep.is_empty() && !keep.contains(&row.rev);
-            if main > r || condemned || (main == k && tombstone) {
-                continue;
-            }
-            bytes.extend(row.rev.to_row_key(tombstone));
-            bytes.extend(row_value(row));
-        }
-        Ok(HashKv { hash: crc32c::crc32c(&bytes), compact_revision: k, hash_revision: r })
+            !(main > r || condemned || (main == k && tombstone))
+        };
+        let hash = hash_of(self.rows().into_iter().filter(counts));
+        Ok(HashKv { hash, compact_revision: k, hash_revision: r })
     }
+
+    /// What a compaction to `at` leaves, after one to `previous`.
+    fn compaction_hash(&self, at: i64, previous: i64) -> HashKv {
+        let old = |row: &Event| at >= 1 && self.states[&at].get(&row.key).is_some_and(|r| r.rev == row.rev);
+        let counts = |row: &&Event| row.rev.main <= at && (row.rev.main > previous || old(row));
+        HashKv { hash: hash_of(self.events.iter().filter(counts)), compact_revision: previous, hash_revision: at }
+    }
+}
+
+fn hash_of<'a>(rows: impl Iterator<Item = &'a Event>) -> u32 {
+    let mut bytes = b"key".to_vec();
+    for row in rows {
+        bytes.extend(row.rev.to_row_key(row.kv.is_none()));
+        bytes.extend(row_value(row));
+    }
+    crc32c::crc32c(&bytes)
 }
 
 fn row_value(event: &Event) -> Bytes {
@@ -562,6 +574,8 @@ struct Run {
     reported: usize,
     /// A view that stays behind, as a slow reader's.
     old: View,
+    /// The hash of a compaction under way.
+    hashing: Option<CompactionJob>,
 }
 
 fn same<T: Debug + PartialEq>(real: &T, model: &T, what: &dyn Debug) {
@@ -572,7 +586,14 @@ impl Run {
     fn new(seed: u64) -> Self {
         let world = World::with_leases(&[1, 2, -7]);
         let old = world.store.view();
-        Self { gen_: Gen { rng: StdRng::seed_from_u64(seed) }, world, model: Model::new(), reported: 0, old }
+        Self {
+            gen_: Gen { rng: StdRng::seed_from_u64(seed) },
+            world,
+            model: Model::new(),
+            reported: 0,
+            old,
+            hashing: None,
+        }
     }
 
     fn step(&mut self) {
@@ -630,6 +651,7 @@ impl Run {
             // Clean-up that is not committed is as if it had not been.
             self.world.store.clean_slice(1);
         }
+        self.hashing = None;
         self.world.reopen();
         same(&hash_kv(&self.world.store.view(), &*self.world.storage, 0).unwrap(), &hash, &"reopening");
     }
@@ -639,6 +661,14 @@ impl Run {
         let events = &self.model.events[self.reported..];
         self.reported = self.model.events.len();
         self.same_changes(&changes, &events.iter().collect::<Vec<_>>(), true);
+        if self.gen_.chance(50)
+            && let Some(job) = self.hashing.take()
+        {
+            let expected = self.model.compaction_hash(job.at, job.previous);
+            same(&job.run().map_err(name), &Ok(expected), &"a compaction");
+            self.world.store.hashed(None); // kept, it would answer for its revision
+        }
+        self.hashing = self.world.store.take_hash_job().or(self.hashing.take());
 
         let rows = self.world.storage.rows(Bucket::Key);
         let bytes: usize = rows.iter().map(|(k, v)| k.len() + v.len() + 16).sum();

@@ -12,6 +12,7 @@ use super::{
     KeyRange, Revision,
     change::Change,
     error::Error,
+    hash::{CompactionHashes, CompactionJob, HashKv},
     index::{Index, KeyMeta},
     range::{Rows, State, decode, header},
     record::{KeyValue, RawKeyValue},
@@ -46,6 +47,8 @@ pub struct Store {
     compact_revision: i64,
     sizes: Sizes,
     cleaning: Option<Cleaning>,
+    hashes: CompactionHashes,
+    hashing: Option<Hashing>,
     batch: WriteBatch,
     changes: Vec<Change>,
     pending: Pending,
@@ -55,6 +58,14 @@ pub struct Store {
 struct Cleaning {
     at: i64,
     cursor: Bytes,
+}
+
+/// The hash of a compaction, one at a time: a compaction that comes while another's is not there yet gets none, as in
+/// etcd.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Hashing {
+    Due { at: i64, previous: i64 },
+    UnderWay,
 }
 
 /// Put rows that storage does not have yet, ascending.
@@ -145,6 +156,8 @@ impl Store {
             compact_revision,
             sizes: rebuild.sizes,
             cleaning: (scheduled > finished).then(|| Cleaning { at: compact_revision + beyond, cursor: Bytes::new() }),
+            hashes: CompactionHashes::default(),
+            hashing: None,
             batch: WriteBatch::default(),
             changes: Vec::new(),
             pending: Pending::default(),
@@ -177,6 +190,7 @@ impl Store {
             compact_revision: self.compact_revision,
             index: self.index.clone(),
             sizes: self.sizes,
+            hashes: self.hashes.clone(),
         }
     }
 
@@ -235,7 +249,8 @@ impl Store {
         if revision > self.revision {
             return Err(Error::FutureRev);
         }
-        self.compact_revision = revision;
+        let previous = std::mem::replace(&mut self.compact_revision, revision);
+        self.hashing.get_or_insert(Hashing::Due { at: revision, previous });
         self.batch.put(Bucket::Meta, SCHEDULED_COMPACT_KEY, Revision::new(revision, 0).to_row_key(false));
         // A clean-up under way begins anew: what it has still to do, the later compaction condemns as well.
         self.cleaning = Some(Cleaning { at: revision, cursor: Bytes::new() });
@@ -247,12 +262,44 @@ impl Store {
         self.cleaning.is_some()
     }
 
+    /// True while a compaction has not deleted all it condemns or has not left its hash.
+    pub fn is_compacting(&self) -> bool {
+        self.cleaning.is_some() || self.hashing.is_some()
+    }
+
+    /// The hash to compute of a compaction just made, if any; what comes of it goes to [`Self::hashed`].
+    ///
+    /// To be called once the compaction's batch is committed and before clean-up goes on, which takes away what is
+    /// to be hashed.
+    pub fn take_hash_job(&mut self) -> Option<CompactionJob> {
+        let Some(Hashing::Due { at, previous }) = self.hashing else { return None };
+        self.hashing = Some(Hashing::UnderWay);
+        Some(CompactionJob { index: self.index.clone(), rows: self.storage.snapshot(), at, previous })
+    }
+
+    /// The job is over; `None`: it came to nothing.
+    pub fn hashed(&mut self, hash: Option<HashKv>) {
+        self.hashing = None;
+        if let Some(hash) = hash {
+            self.hashes.add(hash);
+        }
+    }
+
+    /// Goes on with the hashes of `before`, a store with a part of the same history.
+    pub fn inherit_hashes(&mut self, before: &Self) {
+        self.hashes = before.hashes.clone();
+        self.hashing = before.hashing.filter(|hashing| *hashing == Hashing::UnderWay);
+    }
+
     /// Looks at up to `keys` keys and deletes what the newest compaction condemns. Returns whether all is done.
     ///
     /// To be called after the view that carries the compaction has been published: readers of an older view find
     /// their rows gone, and the newest view must then tell them why.
     pub fn clean_slice(&mut self, keys: usize) -> bool {
         let Some(cleaning) = &mut self.cleaning else { return true };
+        if let Some(Hashing::Due { .. }) = self.hashing {
+            self.hashing = None; // nobody wants it
+        }
         let mut removed = Vec::new();
         let next = self.index.compact_slice(cleaning.at, &cleaning.cursor, keys, &mut removed);
         let at = cleaning.at;

@@ -103,6 +103,12 @@ impl World {
         self.commit();
     }
 
+    /// Keeps the hash of the compaction just made.
+    pub fn hash_compaction(&mut self) {
+        let job = self.store.take_hash_job().unwrap();
+        self.store.hashed(Some(job.run().unwrap()));
+    }
+
     pub fn clean(&mut self) {
         while !self.store.clean_slice(2) {
             self.commit();

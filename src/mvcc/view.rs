@@ -1,6 +1,6 @@
 //! An immutable picture of the key space, published after each batch.
 
-use super::index::Index;
+use super::{hash::CompactionHashes, index::Index};
 
 /// Everything a reader needs of the key space. Holds no storage snapshot: rows are immutable, and only clean-up
 /// below `compact_revision` deletes them.
@@ -11,6 +11,7 @@ pub struct View {
     pub compact_revision: i64,
     pub index: Index,
     pub sizes: Sizes,
+    pub hashes: CompactionHashes,
 }
 
 /// Logical sizes: 16 KiB + the sum of row key + row value + 16 over rows. Equal on equal histories.

@@ -19,7 +19,6 @@ use crate::{
     cluster::{Member, ids, members_to_json},
     http::{Answer, not_found, set_type, text_error, version},
     lease::actor::{Ask, Renewed},
-    mvcc::hash,
     pb::{
         etcdserverpb::{
             InternalRaftRequest, LeaseCheckpoint, LeaseCheckpointRequest, LeaseKeepAliveRequest,
@@ -125,13 +124,8 @@ impl Endpoints {
         else {
             return text_error(StatusCode::BAD_REQUEST, "error unmarshalling request");
         };
-        let server = self.server.clone();
-        let scan = move || {
-            let view = server.view.load_full();
-            server.read(view, |view| hash::hash_kv(&view.kv, &*server.storage, revision))
-        };
-        match tokio::task::spawn_blocking(scan).await {
-            Ok(Ok((view, found))) => {
+        match self.server.hash_kv(revision).await {
+            Ok((view, found)) => {
                 let answer = HashKvAnswer {
                     header: Revision { revision: view.kv.revision },
                     hash: found.hash,
@@ -141,8 +135,7 @@ impl Endpoints {
                 let text = serde_json::to_vec(&answer).expect("numbers always encode");
                 self.with_cluster_id(ok("application/json", text))
             }
-            Ok(Err(e)) => text_error(StatusCode::BAD_REQUEST, &e.to_string()),
-            Err(e) => text_error(StatusCode::INTERNAL_SERVER_ERROR, &e.to_string()),
+            Err(e) => text_error(StatusCode::BAD_REQUEST, &e.to_string()),
         }
     }
 

@@ -126,7 +126,8 @@ impl Databases for Stores {
             let index = expected.index;
             let is_news = index > server.view.load().applied_index;
             let (metrics, began) = (server.metrics.clone(), Instant::now());
-            let prepare = move || take_in(&path, database, is_news.then_some((&*dir, &expected)));
+            let stores = dir.clone();
+            let prepare = move || take_in(&path, database, is_news.then_some((&*stores, &expected)));
             runtime
                 .spawn_blocking(prepare)
                 .await
@@ -136,12 +137,18 @@ impl Databases for Stores {
             let (taken, answer) = oneshot::channel();
             server.raft.control(raft::Control::Snapshot(Box::new(message), taken));
             match answer.await {
-                Ok(true) => {
-                    // The next one waits until this one is in use.
-                    let installed = server.view.until(|view| view.applied_index >= index);
-                    let _ = tokio::time::timeout(APPLY_WAIT, installed).await;
+                // The next one waits until this one is in use, however long that is: it might be of the same index, and
+                // nobody may touch a store that the log names.
+                Ok(true) => _ = server.view.until(|view| view.applied_index >= index).await,
+                Ok(false) => {
+                    tracing::info!(index, "raft has no use for a leader's snapshot");
+                    if is_news {
+                        let discard = move || import::discard(&dir, index).map_err(anyhow::Error::from);
+                        if let Err(e) = runtime.spawn_blocking(discard).await.map_err(anyhow::Error::from).flatten() {
+                            tracing::warn!("cannot delete the store of the snapshot at {index}: {e:#}");
+                        }
+                    }
                 }
-                Ok(false) => tracing::info!(index, "raft has no use for a leader's snapshot"),
                 Err(_) => return Err("failed to process raft message (the member stops)".to_owned()),
             }
             Ok(())

@@ -92,6 +92,11 @@ pub fn switch(stores: &StoreDir, index: u64) -> Result<(), Error> {
     Ok(stores.switch_to(&store_name(index))?)
 }
 
+/// Deletes the prepared store of `index`, which nobody will switch to.
+pub fn discard(stores: &StoreDir, index: u64) -> Result<(), Error> {
+    Ok(stores.discard(&store_name(index))?)
+}
+
 /// At start, before the store is opened: completes an installation that was interrupted behind its commit point.
 /// `index` is that of the log's newest snapshot record.
 pub fn settle(stores: &StoreDir, index: u64) -> Result<(), Error> {

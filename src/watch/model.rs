@@ -8,6 +8,7 @@ use crate::{
     mvcc::{
         KeyRange, Revision,
         change::Change,
+        hash::CompactionHashes,
         index::Index,
         record::{KeyValue, RawKeyValue},
         view::{Sizes, View},
@@ -51,7 +52,13 @@ impl Model {
         Self {
             log: BTreeMap::new(),
             rows: BTreeMap::new(),
-            view: View { revision: 1, compact_revision: -1, index: Index::default(), sizes: Sizes::EMPTY },
+            view: View {
+                revision: 1,
+                compact_revision: -1,
+                index: Index::default(),
+                sizes: Sizes::EMPTY,
+                hashes: CompactionHashes::default(),
+            },
             cleaned: -1,
             page_revisions: usize::MAX,
             reads: 0,

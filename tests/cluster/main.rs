@@ -9,6 +9,7 @@ mod members;
 mod membership;
 mod mixed;
 mod relay;
+mod snapshots;
 
 use std::time::{Duration, Instant};
 

@@ -243,6 +243,7 @@ impl Member {
         assert_eq!(core.applied_index(), install.index, "the store is of another index");
         process.in_use.replace(rows);
         core.use_storage(process.in_use.clone());
+        core.follow(&process.core);
         for (reply, outcome) in std::mem::replace(&mut process.core, core).abandon() {
             reply.answer(outcome);
         }

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use actd::{
     apply::{Error, Response},
+    mvcc::hash::HashKv,
     pb::etcdserverpb::{InternalRaftRequest, RangeRequest, RangeResponse},
 };
 use bytes::Bytes;
@@ -33,6 +34,8 @@ pub struct Truth {
     pub revoked: Vec<(i64, u64)>,
     /// The first hash of the state at an index, and whose it was.
     hashes: BTreeMap<u64, (u64, u64)>,
+    /// The hash of each compaction after another, and whose it was.
+    compactions: BTreeMap<(i64, i64), (u32, u64)>,
     /// The leader of each term.
     leaders: BTreeMap<u64, u64>,
     /// What has ended stands at or before this place.
@@ -52,6 +55,7 @@ impl Truth {
             compacted_after: BTreeMap::from([(0, -1)]),
             revoked: Vec::new(),
             hashes: BTreeMap::new(),
+            compactions: BTreeMap::new(),
             leaders: BTreeMap::new(),
             ended: 0,
             checked: 0,
@@ -91,6 +95,14 @@ impl Truth {
     pub fn state(&mut self, member: u64, index: u64, hash: u64) {
         let (first, other) = *self.hashes.entry(index).or_insert((hash, member));
         assert_eq!(first, hash, "members {member:x} and {other:x} differ in state at index {index}");
+        self.checked += 1;
+    }
+
+    /// What a member says that a compaction left.
+    pub fn compaction(&mut self, member: u64, hash: &HashKv) {
+        let key = (hash.hash_revision, hash.compact_revision);
+        let (first, other) = *self.compactions.entry(key).or_insert((hash.hash, member));
+        assert_eq!(first, hash.hash, "members {member:x} and {other:x} differ in what compaction {key:?} left");
         self.checked += 1;
     }
 

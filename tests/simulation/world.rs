@@ -12,7 +12,10 @@ use std::{
 use actd::{
     apply::{ConfChanged, Error, Outcome},
     cluster::{Change, Member as ClusterMember, Members},
-    mvcc::{hash::hash_kv, range},
+    mvcc::{
+        hash::{HashKv, scan_kv},
+        range,
+    },
     pb::{
         etcdserverpb::RangeRequest,
         raftpb::{self, MessageType},
@@ -45,6 +48,8 @@ pub enum Event {
     Applied(usize, u64),
     HubWork(usize, u64),
     ConfChanged(usize, u64, ConfChanged),
+    /// The hash of a compaction is computed.
+    Hashed(usize, u64, Option<HashKv>),
     Unreachable(usize, u64, u64),
     Message(usize, Box<raftpb::Message>),
     /// A database is taken and sent; it arrives; its store is complete.
@@ -264,6 +269,7 @@ impl World {
             | Event::Applied(m, e)
             | Event::HubWork(m, e)
             | Event::ConfChanged(m, e, _)
+            | Event::Hashed(m, e, _)
             | Event::Unreachable(m, e, _)
             | Event::SendSnapshot(m, e, _)
             | Event::StepSnapshot(m, e)
@@ -300,6 +306,11 @@ impl World {
             Event::ConfChanged(m, _, done) => {
                 let process = self.process(m);
                 process.raft.conf_changed(done, &mut process.output);
+                self.turn(m);
+            }
+            Event::Hashed(m, _, hash) => {
+                self.process(m).core.hashed(hash);
+                self.commit(m);
                 self.turn(m);
             }
             Event::Unreachable(m, _, id) => {
@@ -458,6 +469,14 @@ impl World {
         self.plan.config.repeat = 0.0;
         // Clients take what is due in time for the last look.
         self.plan.config.take = (100, MS);
+        for w in 0..self.watchers.len() {
+            if let Some((.., stream)) = self.watchers[w].at {
+                for nth in 0..self.watchers[w].queue.len() as u64 {
+                    self.after(nth * MS, Event::Deliver(w, stream));
+                }
+                self.watchers[w].queue.iter_mut().for_each(|(at, ..)| *at = 0);
+            }
+        }
         self.plan.config.snapshot_loss = 0.0;
     }
 
@@ -724,6 +743,14 @@ impl World {
             }
         }
         self.commit(m);
+        if let Some(job) = self.process(m).core.take_hash_job() {
+            let hash = job.run().expect("memory is read");
+            let id = self.members[m].id;
+            self.truth.compaction(id, &hash);
+            let took = self.draw((MS, 300 * MS));
+            let epoch = self.members[m].epoch;
+            self.after(took, Event::Hashed(m, epoch, Some(hash)));
+        }
         if self.process(m).core.is_cleaning() {
             let keys = self.plan.config.clean;
             self.process(m).core.clean_slice(keys);
@@ -791,7 +818,7 @@ impl World {
     pub fn state_hash(&mut self, m: usize) -> u64 {
         let process = self.process(m);
         let view = process.view.load_full();
-        let hash = hash_kv(&view.kv, &*process.in_use, 0).expect("the newest view can be hashed");
+        let hash = scan_kv(&view.kv, &*process.in_use, 0).expect("the newest view can be hashed");
         let mut hash_all =
             u64::from(hash.hash) ^ (hash.compact_revision as u64) << 40 ^ (hash.hash_revision as u64) << 20;
         let mut add = |word: u64| hash_all = (hash_all ^ word).wrapping_mul(0x0000_0100_0000_01b3);

@@ -142,6 +142,15 @@ impl Index {
         }
     }
 
+    /// The revisions with main <= `to` that a compaction at `at` condemns, ascending. Cheap when there are few: keys in
+    /// sub-trees where nothing can be condemned are not looked at.
+    pub fn condemned(&self, at: i64, to: i64) -> Vec<Revision> {
+        let mut found = Vec::new();
+        self.root.condemned(at, to, &mut found);
+        found.sort_unstable();
+        found
+    }
+
     /// The set *keep* of the hash rule for revision `at`, ascending: for each key, look at its lifetimes (create to
     /// tombstone; the last is open and may be empty); take the first lifetime whose tombstone is >= `at`, else the
     /// open one; its newest row with main <= `at`, if any, unless that row is that lifetime's closing tombstone.

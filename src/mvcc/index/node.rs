@@ -227,6 +227,21 @@ impl Child {
         }
     }
 
+    /// Collects the revisions with main <= `to` that a compaction at `at` condemns.
+    pub fn condemned(&self, at: i64, to: i64, found: &mut Vec<Revision>) {
+        if self.sum.is_clean() {
+            return;
+        }
+        match &*self.node {
+            Node::Leaf(leaf) => {
+                for history in &leaf.histories {
+                    found.extend(history.condemned(at).filter(|revision| revision.main <= to));
+                }
+            }
+            Node::Inner(inner) => inner.children.iter().for_each(|child| child.condemned(at, to, found)),
+        }
+    }
+
     /// Looks for a key with something to clean up, from `from` on; `left` keys may be looked at.
     pub fn scan(&self, from: Option<&[u8]>, at: i64, left: &mut usize) -> Scan {
         if self.sum.is_clean() {
