@@ -429,9 +429,11 @@ async fn publish(server: &Arc<api::Server>, config: &Config, runtime: usize) -> 
     let urls: Vec<String> = config.advertise_client_urls.iter().map(ToString::to_string).collect();
     let member = server.settings.member_id;
     propose_until_applied(server, runtime, || bootstrap::publish_request(member, &config.name, &urls)).await?;
-    if server.raft_status.read().sole_voter {
+    if let Some(term) = server.raft_status.sole_leader_term() {
         // Before clients come in, as nobody else has to be asked.
-        versions::look(server, runtime).await?;
+        if let Err(e) = versions::look(server, term, runtime).await {
+            tracing::warn!("the cluster version could not be set yet: {e}; trying again");
+        }
     }
     Ok(())
 }
