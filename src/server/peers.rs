@@ -204,6 +204,7 @@ pub fn install(
     let name = dir.current()?.context("CURRENT was just written")?;
     let old = in_use.replace(FjallStorage::open(&dir.path(&name), &Options::default())?);
     let core = apply::Core::open(in_use.clone(), settings.clone())?;
+    core.members().check_release(settings.release)?;
     anyhow::ensure!(core.applied_index() == install.index, "the store is of index {}", core.applied_index());
     if let Some(path) = before.map(|before| dir.path(&before)) {
         // Readers that are under way keep it; what is left at the next start goes then.

@@ -114,6 +114,7 @@ mod tests {
         let storage = Arc::new(StoreInUse::new(FjallStorage::create(dir, &Options::default()).unwrap()));
         let settings = apply::Settings {
             member_id: 1,
+            release: Version::new(3, 7, 1),
             min_lease_ttl: 2,
             max_learners: 1,
             persist_lease_checkpoints: false,
