@@ -131,6 +131,11 @@ impl Member {
         self.folder.path().join("data")
     }
 
+    /// Starts with this flag, too, from now on.
+    pub fn add_flag(&mut self, flag: &str) {
+        self.flags.push(flag.to_owned());
+    }
+
     /// Starts without this flag from now on.
     pub fn drop_flag(&mut self, flag: &str) {
         self.flags.retain(|given| given != flag);
