@@ -28,7 +28,6 @@ use crate::{
         runtime::{self, Limits, Runtimes, Serves},
     },
     lease::{self, Expirer},
-    pb::etcdserverpb::InternalRaftRequest,
     peer::{
         self, Bound, Listening, Transport,
         endpoints::{Endpoints, Promote, PromoteError},
@@ -423,12 +422,25 @@ fn ticks(period: Duration) -> tokio::time::Interval {
 
 /// Tells the cluster this member's name and client URLs, then the cluster version: the first entries of every start.
 async fn publish(server: &Arc<api::Server>, config: &Config, runtime: usize) -> anyhow::Result<()> {
-    // A member that joins knows its cluster's version, and so what its members understand, once it knows itself.
-    let own = server.settings.member_id;
-    server.view.until(|view| view.members.get(own).is_some()).await;
-    let urls: Vec<String> = config.advertise_client_urls.iter().map(ToString::to_string).collect();
     let member = server.settings.member_id;
-    propose_until_applied(server, runtime, || bootstrap::publish_request(member, &config.name, &urls)).await?;
+    let urls: Vec<String> = config.advertise_client_urls.iter().map(ToString::to_string).collect();
+    let attempt = || async {
+        // Who is led knows what was committed before, and by that the other members.
+        let led = server.raft_status.until(|now| now.leader != 0).await;
+        server.view.until(|view| view.applied_index >= led.commit && view.members.get(member).is_some()).await;
+        let oldest = versions::oldest(server).await;
+        let request = bootstrap::publish_request(member, &config.name, &urls);
+        server.propose_for(request, oldest, None, runtime).await
+    };
+    loop {
+        // Saying it twice does no harm, and one that was forwarded while connections are made may be lost.
+        match tokio::time::timeout(PUBLISH_RETRY, attempt()).await {
+            Ok(Ok(_)) => break,
+            Ok(Err(apply::Error::Stopped)) => return Err(anyhow!("stopped before the member could join its cluster")),
+            Ok(Err(e)) => tracing::warn!("cannot publish this member yet: {e}; trying again"),
+            Err(_) => tracing::info!("this member is not published yet; trying again"),
+        }
+    }
     if let Some(term) = server.raft_status.sole_leader_term() {
         // Before clients come in, as nobody else has to be asked.
         if let Err(e) = versions::look(server, term, runtime).await {
@@ -436,22 +448,6 @@ async fn publish(server: &Arc<api::Server>, config: &Config, runtime: usize) -> 
         }
     }
     Ok(())
-}
-
-async fn propose_until_applied(
-    server: &api::Server,
-    runtime: usize,
-    request: impl Fn() -> InternalRaftRequest,
-) -> anyhow::Result<()> {
-    loop {
-        // Saying it twice does no harm, and one that was forwarded while connections are made may be lost.
-        match tokio::time::timeout(PUBLISH_RETRY, server.propose(request(), runtime)).await {
-            Ok(Ok(_)) => return Ok(()),
-            Ok(Err(apply::Error::Stopped)) => return Err(anyhow!("stopped before the member could join its cluster")),
-            Ok(Err(e)) => tracing::warn!("cannot publish this member yet: {e}; trying again"),
-            Err(_) => tracing::info!("this member is not published yet; trying again"),
-        }
-    }
 }
 
 async fn listen(config: &Config, runtimes: &Arc<Runtimes>) -> anyhow::Result<Vec<tokio::task::JoinHandle<()>>> {

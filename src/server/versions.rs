@@ -8,7 +8,7 @@ use futures_util::future::join_all;
 use crate::{
     api::Server,
     apply,
-    cluster::{Version, bootstrap},
+    cluster::{Version, bootstrap, v2_request},
     config::ETCD_VERSION,
     pb::{etcdserverpb::InternalRaftRequest, membershippb::DowngradeInfoSetRequest},
     peer::client,
@@ -44,7 +44,8 @@ pub async fn look(server: &Server, term: u64, runtime: usize) -> Result<(), appl
     let target: Option<Version> = if job.enabled { job.target_version.parse().ok() } else { None };
     if let Some(version) = decide(current, lowest(&versions), target) {
         tracing::info!(from = ?current.map(|v| v.to_string()), to = %version, "setting the cluster version");
-        server.propose_as(bootstrap::cluster_version_request(version), Some(term), runtime).await?;
+        let request = bootstrap::cluster_version_request(version);
+        server.propose_for(request, oldest_of(&versions, current), Some(term), runtime).await?;
     }
     if target.is_some_and(|target| have_come_down(&versions, target)) {
         tracing::info!(version = %job.target_version, "the downgrade is done");
@@ -78,6 +79,21 @@ async fn ask(urls: &[String]) -> Option<Version> {
 /// The lowest of all; `None` if one is not known.
 fn lowest(versions: &[Option<Version>]) -> Option<Version> {
     versions.iter().copied().min().flatten()
+}
+
+/// The oldest release among the members, as far as they tell it; who does not counts as the decided version. In a cluster
+/// that has decided for one where it makes no difference, nobody is asked.
+pub async fn oldest(server: &Server) -> Version {
+    match server.view.load().members.cluster_version() {
+        Some(decided) if decided >= v2_request::TODAY => decided,
+        decided => oldest_of(&versions(server).await, decided),
+    }
+}
+
+fn oldest_of(versions: &[Option<Version>], decided: Option<Version>) -> Version {
+    let decided = decided.filter(|version| *version > UNKNOWN);
+    let known = versions.iter().filter_map(|version| version.or(decided));
+    known.min().expect("the own version is known")
 }
 
 /// All members run the release a downgrade goes to (C-42).
@@ -194,6 +210,18 @@ mod tests {
         let v = |minor| Some(Version::new(3, minor, 0));
         assert_eq!(lowest(&[v(7), v(5), v(6)]), v(5));
         assert_eq!(lowest(&[v(7), None, v(6)]), None);
+    }
+
+    #[test]
+    fn oldest_release_is_what_members_tell() {
+        let v = |minor| Version::new(3, minor, 0);
+        let told = |minors: &[u64]| minors.iter().map(|minor| Some(v(*minor))).collect::<Vec<_>>();
+        assert_eq!(oldest_of(&told(&[7, 4, 5]), None), v(4));
+        assert_eq!(oldest_of(&told(&[7, 7]), Some(v(4))), v(7), "all have been replaced, and the leader looks soon");
+        let silent = [Some(v(7)), None];
+        assert_eq!(oldest_of(&silent, Some(v(4))), v(4));
+        assert_eq!(oldest_of(&silent, Some(UNKNOWN)), v(7), "an undecided version tells nothing");
+        assert_eq!(oldest_of(&silent, None), v(7));
     }
 
     #[test]

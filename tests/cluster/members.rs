@@ -213,9 +213,16 @@ impl Cluster {
 
     /// As `start`, of another program.
     pub async fn start_of(program: PathBuf, n: usize, flags: &[&str]) -> Self {
+        Self::start_of_each(&vec![program; n], flags).await
+    }
+
+    /// A new cluster with one member of each program.
+    pub async fn start_of_each(programs: &[PathBuf], flags: &[&str]) -> Self {
         let flags = flags.iter().map(|flag| (*flag).to_owned()).collect();
+        let program = PathBuf::new();
         let mut cluster = Self { members: Vec::new(), network: Network::default(), flags, program, named: 0 };
-        for _ in 0..n {
+        for program in programs {
+            cluster.program.clone_from(program);
             cluster.push();
         }
         let urls: Vec<String> = cluster.members.iter().map(Member::named_url).collect();
