@@ -82,6 +82,7 @@ struct State {
     downgrade: Downgrade,
 }
 
+const FIRST_STORAGE_VERSION: Version = Version::new(3, 6, 0);
 const CLUSTER_VERSION: &[u8] = b"clusterVersion";
 const DOWNGRADE: &[u8] = b"downgrade";
 const REMOVED: &[u8] = b"removed";
@@ -170,6 +171,12 @@ impl Members {
     /// `None` before it is decided.
     pub fn cluster_version(&self) -> Option<Version> {
         self.0.version
+    }
+
+    /// The layout of the data as clients and backups are told: the cluster's version, so that each of its members can read
+    /// it. `None` before it is decided and below the first release that says so (C-36).
+    pub fn storage_version(&self) -> Option<Version> {
+        self.0.version.filter(|version| *version >= FIRST_STORAGE_VERSION)
     }
 
     pub fn downgrade(&self) -> &Downgrade {

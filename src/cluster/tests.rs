@@ -304,6 +304,20 @@ fn attributes_of_removed_members_are_ignored_and_of_unknown_ones_fatal() {
 }
 
 #[test]
+fn storage_version_is_told_from_the_first_release_that_has_it() {
+    // C-36
+    let (mut members, mut batch) = (Members::default(), WriteBatch::default());
+    assert_eq!(members.storage_version(), None);
+    for (version, told) in
+        [("3.0.0", None), ("3.5.0", None), ("3.6.0", Some(6)), ("3.7.0", Some(7)), ("3.6.0", Some(6))]
+    {
+        let set = ClusterVersionSetRequest { ver: version.to_owned() };
+        members.set_version(&set, Version::new(3, 7, 1), &mut batch).unwrap();
+        assert_eq!(members.storage_version(), told.map(|minor| Version::new(3, minor, 0)), "{version}");
+    }
+}
+
+#[test]
 fn members_older_than_their_cluster_are_refused() {
     // C-34
     let (mut members, mut batch) = (Members::default(), WriteBatch::default());

@@ -106,6 +106,8 @@ fn downgrades_follow_their_rules() {
         let valid = client.downgrade(ask(validate, "3.6.9")).await.expect("one minor lower").into_inner();
         assert_eq!(valid.version, "3.7");
         client.downgrade(ask(cancel, "")).await.expect("also without a job");
+        assert_eq!(client.status(StatusRequest {}).await.expect("a status").into_inner().storage_version, "3.7.0");
+        let before = client.hash_kv(HashKvRequest { revision: 0 }).await.expect("a hash").into_inner();
         client.downgrade(ask(enable, "3.6")).await.expect("one minor lower");
         let text = "etcdserver: cluster has a downgrade job in progress";
         // The cluster's version goes down at the monitor's next look, and then the target is wrong.
@@ -118,6 +120,14 @@ fn downgrades_follow_their_rules() {
         let info = info.expect("it is told");
         assert!(info.enabled);
         assert_eq!(info.target_version, "3.6.0");
+        // The storage's version follows the cluster's (C-36), and rows are hashed as before.
+        let deadline = Instant::now() + PATIENCE;
+        while client.status(StatusRequest {}).await.expect("a status").into_inner().storage_version != "3.6.0" {
+            assert!(Instant::now() < deadline, "the version does not come down");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        let after = client.hash_kv(HashKvRequest { revision: 0 }).await.expect("a hash").into_inner();
+        assert_eq!((after.hash, after.hash_revision), (before.hash, before.hash_revision));
         // It survives a restart, and is called off.
         cluster.members[0].kill();
         cluster.restart(0);
