@@ -119,8 +119,8 @@ pub async fn open(config: &Config) -> anyhow::Result<Opened> {
     if members.is_removed(ids.member) {
         // C-17
         bail!(
-            "the member {} has been permanently removed from the cluster; the data directory {} must be removed before \
-             it can join again as a new member",
+            "the member has been permanently removed from the cluster; data-dir used by this member must be removed: \
+             {} is gone for good, and {} may be empty for a new one",
             hex(ids.member),
             config.data_dir
         );

@@ -102,7 +102,7 @@ impl Member {
         self.child.is_some()
     }
 
-    fn start(&mut self) {
+    pub fn start(&mut self) {
         assert!(self.child.is_none(), "{} runs", self.name);
         let log = File::options().create(true).append(true).open(self.log_path()).expect("the log file opens");
         let client = self.endpoint();
@@ -141,6 +141,10 @@ impl Member {
         self.flags.retain(|given| given != flag);
     }
 
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.log_path()).expect("its log")
+    }
+
     fn log_path(&self) -> PathBuf {
         self.folder.path().join("log")
     }
@@ -171,11 +175,14 @@ impl Member {
         self.until_ended().await;
     }
 
-    /// Waits until the process has ended by itself.
-    pub async fn until_ended(&mut self) {
+    /// Waits until the process has ended by itself. Answers the exit code.
+    pub async fn until_ended(&mut self) -> Option<i32> {
         let mut child = self.child.take().expect("it runs");
         let deadline = Instant::now() + PATIENCE;
-        while child.try_wait().expect("our own child").is_none() {
+        loop {
+            if let Some(status) = child.try_wait().expect("our own child") {
+                return status.code();
+            }
             if Instant::now() > deadline {
                 let _ = child.kill();
                 panic!("{} does not end", self.name);
@@ -324,8 +331,8 @@ impl Cluster {
         }
     }
 
-    /// Removes the member; its process is expected to end by itself if it runs.
-    pub async fn remove(&mut self, by: usize, which: usize) {
+    /// Removes the member and gives back what is left of it; its process is expected to end by itself if it runs (C-17).
+    pub async fn remove(&mut self, by: usize, which: usize) -> Member {
         let id = self.members[which].id;
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -339,8 +346,9 @@ impl Cluster {
         }
         let mut member = self.members.remove(which);
         if member.is_running() {
-            member.until_ended().await;
+            assert_eq!(member.until_ended().await, Some(0), "{} ends of itself", member.name);
         }
+        member
     }
 
     /// Waits until every member has applied the same and answers the same hash.

@@ -204,6 +204,35 @@ fn learners_answer_little_until_they_are_promoted() {
 }
 
 #[test]
+fn removed_members_end_and_do_not_start_again() {
+    // C-16, C-17
+    run(|| async {
+        let mut cluster = Cluster::start(3, &[]).await;
+        for leads in [false, true] {
+            let leader = cluster.until_led().await;
+            let which = if leads { leader } else { (leader + 1) % cluster.members.len() };
+            let mut removed = cluster.remove(leader, which).await;
+            let log = removed.log();
+            for words in [
+                r#""msg":"server error","error":"the member has been permanently removed from the cluster""#,
+                r#""msg":"data-dir used by this member must be removed""#,
+            ] {
+                assert!(log.contains(words), "{words} is not in:\n{log}");
+            }
+            removed.start();
+            assert_eq!(removed.until_ended().await, Some(1));
+            let log = removed.log();
+            let last = log.lines().last().expect("a line");
+            assert!(last.contains(r#""level":"fatal""#), "{last}");
+            assert!(last.contains("the member has been permanently removed from the cluster"), "{last}");
+            cluster.until_led().await;
+        }
+        let put = PutRequest { key: "k".into(), ..Default::default() };
+        cluster.members[0].client().kv.put(put).await.expect("the last one goes on");
+    });
+}
+
+#[test]
 fn members_without_quorum_say_so() {
     // D-12, D-16, C-3, G-8
     run(|| async {
