@@ -194,7 +194,7 @@ impl Transport {
             stats: inbox.stats.clone(),
             is_remote,
         };
-        shell::spawn(&self.arbiter, inbox, false, move || Peer::start(parts));
+        shell::spawn(&self.arbiter, inbox, true, move || Peer::start(parts));
         Handle { sender, numbers, urls, is_remote }
     }
 

@@ -116,6 +116,12 @@ fn actd_and_etcds_found_a_cluster() {
             }
             everybody_serves(&cluster, "founded").await;
             lead(&cluster, ours_at).await;
+            everybody_serves(&cluster, "led").await;
+            // Renewals count where they are made, at the leader.
+            let metrics = common::http_get(cluster.members[ours_at].client_port, "/metrics").expect("metrics");
+            let renewed = metrics.lines().find_map(|line| line.strip_prefix("etcd_debugging_lease_renewed_total "));
+            let renewed: f64 = renewed.and_then(|n| n.parse().ok()).expect("a number");
+            assert!(renewed >= 3.0, "{renewed}");
             // Their logs have what we wrote before anything was decided.
             for at in (0..3).filter(|at| *at != ours_at) {
                 cluster.members[at].kill();
