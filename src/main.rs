@@ -61,9 +61,8 @@ async fn run(config: &config::Config, log: &logs::Guard) -> ExitCode {
         _ = interrupt.recv() => 130,
         _ = terminate.recv() => 143,
         () = member.removed() => {
-            let reason = "the member has been permanently removed from the cluster";
-            log.notice(&config::Notice::warn("server error").with("error", reason));
-            log.notice(&config::Notice::warn("data-dir used by this member must be removed"));
+            log.notice(&config::Notice::warn("server error").with("error", server::REMOVED));
+            log.notice(&config::Notice::warn(server::DATA_MUST_GO));
             // The others' last messages, and answers to who asked for it.
             tokio::time::sleep(std::time::Duration::from_secs(1)).await;
             0

@@ -15,7 +15,7 @@ use std::sync::{
 };
 use std::time::{Duration, Instant, SystemTime};
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, bail};
 
 use crate::{
     actor::{Gate, Inbox, Registry, placement::Arbiters, shell, watchdog},
@@ -73,6 +73,10 @@ fn unix_ms() -> u64 {
 fn rpc_runtimes() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
+
+/// Why a member that was removed ends, and does not start again (C-17).
+pub const REMOVED: &str = "the member has been permanently removed from the cluster";
+pub const DATA_MUST_GO: &str = "data-dir used by this member must be removed";
 
 /// A running member.
 pub struct Member {
@@ -360,7 +364,11 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
         tasks.push(tokio::spawn(advance_ticks(server.clone(), config.election_ticks() as usize)));
     }
 
-    publish(&server, config, own_runtime).await?;
+    tokio::select! {
+        done = publish(&server, config, own_runtime) => done?,
+        // A member that was removed while it was down: nobody lets it take part, so it would wait for ever.
+        () = server.removed.notified() => bail!("{REMOVED}; {DATA_MUST_GO}"),
+    }
     tasks.push(tokio::spawn(versions::watch(server.clone(), own_runtime)));
     if restarted && config.feature_gates.enabled("InitialCorruptCheck") {
         corruption::check_at_start(&server).await?;

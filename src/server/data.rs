@@ -24,7 +24,7 @@ use crate::{
     wal::{self, Wal},
 };
 
-use super::join;
+use super::{DATA_MUST_GO, REMOVED, join};
 
 #[derive(Clone, Copy, Debug)]
 pub struct Ids {
@@ -119,8 +119,7 @@ pub async fn open(config: &Config) -> anyhow::Result<Opened> {
     if members.is_removed(ids.member) {
         // C-17
         bail!(
-            "the member has been permanently removed from the cluster; data-dir used by this member must be removed: \
-             {} is gone for good, and {} may be empty for a new one",
+            "{REMOVED}; {DATA_MUST_GO}: {} is gone for good, and {} may be empty for a new one",
             hex(ids.member),
             config.data_dir
         );
