@@ -61,7 +61,8 @@ async fn run(config: &config::Config, log: &logs::Guard) -> ExitCode {
         _ = interrupt.recv() => 130,
         _ = terminate.recv() => 143,
         () = member.removed() => {
-            log.notice(&config::Notice::warn("this member was removed from its cluster; stopping"));
+            log.notice(&config::Notice::warn("server error").with("error", server::REMOVED));
+            log.notice(&config::Notice::warn(server::DATA_MUST_GO));
             // The others' last messages, and answers to who asked for it.
             tokio::time::sleep(std::time::Duration::from_secs(1)).await;
             0

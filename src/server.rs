@@ -20,7 +20,7 @@ use std::sync::{
 };
 use std::time::{Duration, Instant, SystemTime};
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, bail};
 
 use crate::{
     actor::{Gate, Inbox, Registry, placement::Arbiters, shell, watchdog},
@@ -33,7 +33,6 @@ use crate::{
         runtime::{self, Limits, Runtimes, Serves},
     },
     lease::{self, Expirer},
-    pb::etcdserverpb::InternalRaftRequest,
     peer::{
         self, Bound, Listening, Transport,
         endpoints::{Endpoints, Promote, PromoteError},
@@ -79,6 +78,10 @@ fn unix_ms() -> u64 {
 fn rpc_runtimes() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
+
+/// Why a member that was removed ends, and does not start again (C-17).
+pub const REMOVED: &str = "the member has been permanently removed from the cluster";
+pub const DATA_MUST_GO: &str = "data-dir used by this member must be removed";
 
 /// A running member.
 pub struct Member {
@@ -371,7 +374,11 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
         tasks.push(tokio::spawn(advance_ticks(server.clone(), config.election_ticks() as usize)));
     }
 
-    publish(&server, config, own_runtime).await?;
+    tokio::select! {
+        done = publish(&server, config, own_runtime) => done?,
+        // A member that was removed while it was down: nobody lets it take part, so it would wait for ever.
+        () = server.removed.notified() => bail!("{REMOVED}; {DATA_MUST_GO}"),
+    }
     tasks.push(tokio::spawn(versions::watch(server.clone(), own_runtime)));
     if restarted && config.feature_gates.enabled("InitialCorruptCheck") {
         corruption::check_at_start(&server).await?;
@@ -438,33 +445,32 @@ fn ticks(period: Duration) -> tokio::time::Interval {
 
 /// Tells the cluster this member's name and client URLs, then the cluster version: the first entries of every start.
 async fn publish(server: &Arc<api::Server>, config: &Config, runtime: usize) -> anyhow::Result<()> {
-    // A member that joins knows its cluster's version, and so what its members understand, once it knows itself.
-    let own = server.settings.member_id;
-    server.view.until(|view| view.members.get(own).is_some()).await;
-    let urls: Vec<String> = config.advertise_client_urls.iter().map(ToString::to_string).collect();
     let member = server.settings.member_id;
-    propose_until_applied(server, runtime, || bootstrap::publish_request(member, &config.name, &urls)).await?;
-    if server.raft_status.read().sole_voter {
-        // Before clients come in, as nobody else has to be asked.
-        versions::look(server, runtime).await?;
-    }
-    Ok(())
-}
-
-async fn propose_until_applied(
-    server: &api::Server,
-    runtime: usize,
-    request: impl Fn() -> InternalRaftRequest,
-) -> anyhow::Result<()> {
+    let urls: Vec<String> = config.advertise_client_urls.iter().map(ToString::to_string).collect();
+    let attempt = || async {
+        // Who is led knows what was committed before, and by that the other members.
+        let led = server.raft_status.until(|now| now.leader != 0).await;
+        server.view.until(|view| view.applied_index >= led.commit && view.members.get(member).is_some()).await;
+        let oldest = versions::oldest(server).await;
+        let request = bootstrap::publish_request(member, &config.name, &urls);
+        server.propose_for(request, oldest, None, runtime).await
+    };
     loop {
         // Saying it twice does no harm, and one that was forwarded while connections are made may be lost.
-        match tokio::time::timeout(PUBLISH_RETRY, server.propose(request(), runtime)).await {
-            Ok(Ok(_)) => return Ok(()),
+        match tokio::time::timeout(PUBLISH_RETRY, attempt()).await {
+            Ok(Ok(_)) => break,
             Ok(Err(apply::Error::Stopped)) => return Err(anyhow!("stopped before the member could join its cluster")),
             Ok(Err(e)) => tracing::warn!("cannot publish this member yet: {e}; trying again"),
             Err(_) => tracing::info!("this member is not published yet; trying again"),
         }
     }
+    if let Some(term) = server.raft_status.sole_leader_term() {
+        // Before clients come in, as nobody else has to be asked.
+        if let Err(e) = versions::look(server, term, runtime).await {
+            tracing::warn!("the cluster version could not be set yet: {e}; trying again");
+        }
+    }
+    Ok(())
 }
 
 async fn listen(config: &Config, runtimes: &Arc<Runtimes>) -> anyhow::Result<Vec<tokio::task::JoinHandle<()>>> {

@@ -300,11 +300,42 @@ fn members_of_other_makes_answer_what_is_asked() {
         }
         let future = client::hash_kv(&peer, cluster, 9, SHORT).await.unwrap_err();
         assert!(matches!(&future, Error::Refused { status: 400, .. }), "{future}");
-        let unknown = client::promote(&peer, 5, SHORT).await.unwrap_err();
+        let unknown = client::promote(&peer, 5, None, SHORT).await.unwrap_err();
         assert!(matches!(&unknown, Error::Refused { status: 404, .. }), "{unknown}");
-        let voter = client::promote(&peer, members[0].id, SHORT).await.unwrap_err();
+        let voter = client::promote(&peer, members[0].id, None, SHORT).await.unwrap_err();
         assert!(matches!(&voter, Error::Refused { status: 412, .. }), "{voter}");
     });
+}
+
+#[test]
+fn promotions_are_forwarded_with_the_caller_s_token() {
+    // C-22
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let leader = url(listener.local_addr().expect("an address").port());
+    let answering = std::thread::spawn(move || {
+        use std::io::{Read, Write};
+        let mut heads = Vec::new();
+        for _ in 0..2 {
+            let (mut socket, _) = listener.accept().expect("a question");
+            let mut head = Vec::new();
+            while !head.ends_with(b"\r\n\r\n") {
+                let mut byte = [0];
+                socket.read_exact(&mut byte).expect("readable");
+                head.extend(byte);
+            }
+            socket.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n[]\n").expect("writable");
+            heads.push(String::from_utf8(head).expect("text").to_lowercase());
+        }
+        heads
+    });
+    runtime().block_on(async {
+        client::promote(&leader, 5, Some("abc.1"), SHORT).await.expect("an answer");
+        client::promote(&leader, 6, None, SHORT).await.expect("an answer");
+    });
+    let heads = answering.join().expect("both were asked");
+    assert!(heads[0].starts_with("post /members/promote/5 http/1.1\r\n"), "{}", heads[0]);
+    assert!(heads[0].contains("\r\nauthorization: abc.1\r\n"), "{}", heads[0]);
+    assert!(!heads[1].contains("authorization"), "{}", heads[1]);
 }
 
 #[test]

@@ -83,6 +83,7 @@ fn start(world: &World, dir: &Path) -> Member {
     let storage: Arc<dyn Storage> = world.storage.clone();
     let settings = apply::Settings {
         member_id: id,
+        release: actd::cluster::Version::new(3, 7, 1),
         min_lease_ttl: 2,
         max_learners: 1,
         persist_lease_checkpoints: false,

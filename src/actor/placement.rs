@@ -20,8 +20,8 @@ pub const TABLE: &[(&str, Thread, bool)] = &[
     ("wal", Thread::Wal, true),
     ("apply", Thread::Apply, true),
     ("checkpointer", Thread::Checkpoint, true),
-    ("peer", Thread::Peer, false),
-    ("lease_expirer", Thread::Shared, false),
+    ("peer", Thread::Peer, true),
+    ("lease_expirer", Thread::Shared, true),
     ("compactor", Thread::Shared, false),
 ];
 

@@ -78,7 +78,7 @@ impl<A: Actor> Handler<Nudge> for Shell<A> {
     type Result = ();
 
     fn handle(&mut self, _: Nudge, ctx: &mut Context<Self>) {
-        let _guard = EndProcessOnPanic { name: self.inbox.stats.name, vital: self.vital };
+        let _guard = OnPanic { name: self.inbox.stats.name, vital: self.vital };
         // Before looking at the lanes: a message pushed from now on brings its own nudge.
         self.inbox.waker.scheduled.store(false, Ordering::Release);
         match self.turn() {
@@ -185,19 +185,29 @@ impl Batch {
     }
 }
 
-struct EndProcessOnPanic {
+/// A task beside actors without which the member is crippled: a panic in it ends the process.
+pub async fn vital<F: Future>(name: &'static str, task: F) -> F::Output {
+    let _guard = OnPanic { name, vital: true };
+    task.await
+}
+
+struct OnPanic {
     name: &'static str,
     vital: bool,
 }
 
-impl Drop for EndProcessOnPanic {
+impl Drop for OnPanic {
     fn drop(&mut self) {
-        if self.vital && std::thread::panicking() {
+        if !std::thread::panicking() {
+            return;
+        }
+        if self.vital {
             tracing::error!(
                 actor = self.name,
                 "actor panicked; ending the process so that nothing more is acknowledged"
             );
             std::process::exit(2);
         }
+        tracing::error!(actor = self.name, "actor panicked; the member goes on without it");
     }
 }

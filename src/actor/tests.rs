@@ -183,3 +183,29 @@ fn watchdog_names_who_is_stuck() {
     let stuck = watchdog::stuck(&registry, now + Duration::from_secs(5));
     assert_eq!((stuck[0].0, stuck[0].1), ("slow", "odd"));
 }
+
+/// Runs `task` in a process of its own, as the test of this name, and answers its exit code.
+fn exit_code_of(test: &str, task: impl Future<Output = ()>) -> Option<i32> {
+    const CHILD: &str = "ACTOR_TEST_CHILD";
+    if std::env::var_os(CHILD).is_some() {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(task);
+        std::process::exit(0);
+    }
+    let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+    let name = format!("actor::tests::{test}");
+    let ended = child.args(["--exact", &name]).env(CHILD, "1").output().unwrap();
+    ended.status.code()
+}
+
+#[test]
+fn panic_in_a_vital_task_ends_the_process() {
+    let code = exit_code_of("panic_in_a_vital_task_ends_the_process", async {
+        let task = tokio::spawn(super::shell::vital("test", async {
+            tokio::task::yield_now().await;
+            panic!("on purpose");
+        }));
+        let _: Result<(), _> = task.await;
+    });
+    assert_eq!(code, Some(2));
+}

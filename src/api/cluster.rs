@@ -83,7 +83,7 @@ impl Server {
     }
 
     /// Has the leader promote a learner, wherever it is (C-22).
-    async fn promote_anywhere(&self, id: u64, runtime: usize) -> Result<Vec<Member>, Error> {
+    async fn promote_anywhere(&self, id: u64, token: Option<&str>, runtime: usize) -> Result<Vec<Member>, Error> {
         let deadline = Instant::now() + self.settings.request_timeout;
         loop {
             match self.promote_member(id, runtime).await {
@@ -91,7 +91,8 @@ impl Server {
                 done => return done.map(|members| members.iter().cloned().collect()),
             }
             for url in self.leader_urls() {
-                match client::promote(&url, id, deadline.saturating_duration_since(Instant::now())).await {
+                let left = deadline.saturating_duration_since(Instant::now());
+                match client::promote(&url, id, token, left).await {
                     Ok(members) => return Ok(members),
                     Err(client::Error::Refused { status: 404, .. }) => return Err(Error::Member(Refusal::NotFound)),
                     Err(client::Error::Refused { status: 412, text, .. }) if text.contains("in sync") => {
@@ -184,7 +185,11 @@ impl Cluster for Handle {
         &self,
         request: Request<MemberPromoteRequest>,
     ) -> Result<Response<MemberPromoteResponse>, Status> {
-        let members = self.server.promote_anywhere(request.into_inner().id, self.runtime).await?;
+        // The leader judges whether the caller may.
+        let token = ["token", "authorization"].into_iter().find_map(|name| request.metadata().get(name));
+        let token = token.and_then(|token| token.to_str().ok()).map(str::to_owned);
+        let id = request.into_inner().id;
+        let members = self.server.promote_anywhere(id, token.as_deref(), self.runtime).await?;
         let members = members.iter().map(Into::into).collect();
         Ok(Response::new(MemberPromoteResponse { header: self.server.member_header(), members }))
     }

@@ -7,7 +7,7 @@ use tokio::sync::oneshot;
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Handle, kv::OTHER_KIND};
+use super::{Handle, Server, kv::OTHER_KIND};
 use crate::{
     apply::{self, Error},
     lease::actor::{Ask, Renewed},
@@ -26,50 +26,68 @@ const APPLY_WAIT: Duration = Duration::from_secs(1);
 /// Between two tries of a renewal that met a member without leadership.
 const RETRY: Duration = Duration::from_millis(50);
 
+/// What became of one try to renew a lease on this member.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Renewal {
+    /// It has its full time again.
+    Ttl(i64),
+    Gone,
+    /// Deadlines are kept by the leader alone (L-10).
+    NotLeader,
+    /// The news of its grant, or of the leadership, is on the way to the expirer (H-38): to be tried again.
+    Later,
+}
+
+impl Server {
+    /// Renews a lease, if this member leads.
+    pub async fn renew(&self, id: i64, runtime: usize) -> Result<Renewal, Error> {
+        let raft = self.raft_status.read();
+        if raft.is_leader && !raft.sole_voter && !self.has_ticked() {
+            // A process that stood still may have been replaced without knowing it (L-11).
+            self.linearizable_view(runtime).await.map_err(|_| Error::NotPrimaryLessor)?;
+        }
+        let (answer, renewed) = oneshot::channel();
+        let renewed = match self.leases.try_send(Ask::Renew { id, answer }) {
+            Ok(()) => renewed.await.ok(),
+            Err(_) => None,
+        };
+        Ok(match renewed {
+            Some(Renewed::Ttl { ttl, clear_checkpoint }) => {
+                if clear_checkpoint {
+                    let checkpoints = vec![LeaseCheckpoint { id, remaining_ttl: 0 }];
+                    let lease_checkpoint = Some(LeaseCheckpointRequest { checkpoints });
+                    let request = InternalRaftRequest { lease_checkpoint, ..Default::default() };
+                    self.propose(request, runtime).await?;
+                }
+                self.metrics.leases_renewed.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                // After the renewal: a revocation applied before it shows here (H-41).
+                if self.view.load().leases.contains(id) { Renewal::Ttl(ttl) } else { Renewal::Gone }
+            }
+            Some(Renewed::Gone) => Renewal::Gone,
+            Some(Renewed::Unknown) if !self.view.load().leases.contains(id) => Renewal::Gone,
+            Some(Renewed::NotLeader) if !self.raft_status.read().is_leader => Renewal::NotLeader,
+            Some(Renewed::Unknown | Renewed::NotLeader) | None => Renewal::Later,
+        })
+    }
+}
+
 impl Handle {
     /// The full time again, or 0 if there is no such lease.
     async fn renew(&self, id: i64) -> Result<i64, Error> {
         let deadline = tokio::time::Instant::now() + self.server.settings.request_timeout;
         loop {
             let raft = self.server.raft_status.read();
-            if raft.leader != 0 && !raft.is_leader {
-                // Deadlines are kept by the leader alone (L-10).
-                if let Some(ttl) = self.renew_at_leader(id, deadline).await {
-                    return Ok(ttl);
-                }
+            if raft.leader != 0
+                && !raft.is_leader
+                && let Some(ttl) = self.renew_at_leader(id, deadline).await
+            {
+                return Ok(ttl);
             }
-            if raft.is_leader && !raft.sole_voter && !self.server.has_ticked() {
-                // A process that stood still may have been replaced without knowing it (L-11).
-                self.server.linearizable_view(self.runtime).await.map_err(|_| Error::NotPrimaryLessor)?;
-            }
-            let (answer, renewed) = oneshot::channel();
-            let sent = self.server.leases.try_send(Ask::Renew { id, answer }).is_ok();
-            let renewed = if sent {
-                tokio::time::timeout_at(deadline, renewed).await.map_err(|_| Error::Timeout)?.ok()
-            } else {
-                None
-            };
-            match renewed {
-                Some(Renewed::Ttl { ttl, clear_checkpoint }) => {
-                    if clear_checkpoint {
-                        let checkpoints = vec![LeaseCheckpoint { id, remaining_ttl: 0 }];
-                        let lease_checkpoint = Some(LeaseCheckpointRequest { checkpoints });
-                        let request = InternalRaftRequest { lease_checkpoint, ..Default::default() };
-                        self.server.propose(request, self.runtime).await?;
-                    }
-                    // After the renewal: a revocation applied before it shows here (H-41).
-                    let alive = self.server.view.load().leases.contains(id);
-                    self.server.metrics.leases_renewed.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-                    return Ok(if alive { ttl } else { 0 });
-                }
-                Some(Renewed::Gone) => return Ok(0),
-                Some(Renewed::Unknown) if !self.server.view.load().leases.contains(id) => return Ok(0),
-                // Its grant's notice is on the way here (H-38).
-                Some(Renewed::Unknown) => {}
-                Some(Renewed::NotLeader) if self.server.raft_status.read().is_leader => {
-                    // Leading, but the deadlines are not set yet.
-                }
-                Some(Renewed::NotLeader) | None => {}
+            let renewal = tokio::time::timeout_at(deadline, self.server.renew(id, self.runtime)).await;
+            match renewal.map_err(|_| Error::Timeout)?? {
+                Renewal::Ttl(ttl) => return Ok(ttl),
+                Renewal::Gone => return Ok(0),
+                Renewal::NotLeader | Renewal::Later => {}
             }
             if tokio::time::Instant::now() + RETRY >= deadline {
                 let leader = self.server.raft_status.read().leader;
@@ -78,17 +96,12 @@ impl Handle {
             tokio::time::sleep(RETRY).await;
         }
     }
-}
 
-impl Handle {
     /// `None`: the leader could not be asked; try again.
     async fn renew_at_leader(&self, id: i64, deadline: tokio::time::Instant) -> Option<i64> {
         for url in self.server.leader_urls() {
             match client::renew_lease(&url, id, left(deadline)).await {
-                Ok(ttl) => {
-                    self.server.metrics.leases_renewed.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-                    return Some(ttl);
-                }
+                Ok(ttl) => return Some(ttl),
                 Err(client::Error::Refused { status: 404, .. }) => return Some(0),
                 Err(e) => tracing::debug!("a lease's renewal could not be forwarded: {e}"),
             }

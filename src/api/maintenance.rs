@@ -145,7 +145,7 @@ impl Maintenance for Handle {
             raft_applied_index: view.applied_index,
             errors,
             is_learner: raft.is_learner,
-            storage_version: view.members.cluster_version().map_or_else(String::new, |v| v.to_string()),
+            storage_version: view.members.storage_version().map_or_else(String::new, |v| v.to_string()),
             db_size_quota: if configured == 0 { DEFAULT_QUOTA } else { configured },
             downgrade_info: Some(DowngradeInfo {
                 enabled: downgrade.enabled,

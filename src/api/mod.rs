@@ -26,7 +26,7 @@ pub use routes::Routes;
 use crate::{
     actor::{Gate, Registry, Sender},
     apply::{self, ApplySender, Error, Reply, Response, Ticket, View, ViewCell},
-    cluster::v2_request,
+    cluster::{Version, v2_request},
     lease::actor::{Ask as LeaseAsk, Control as LeaseControl},
     mvcc::{
         self,
@@ -287,27 +287,42 @@ impl Server {
         as_leader_of: Option<u64>,
         runtime: usize,
     ) -> Result<Response, Error> {
-        let (kind, began) = (Kind::of(&request), Instant::now());
-        let outcome = self.propose_encoded(&mut request, as_leader_of, runtime).await;
-        self.metrics.requests.record(kind, outcome.is_ok(), began.elapsed());
-        outcome
+        let encode = |request: &InternalRaftRequest, _| request.encode_to_vec();
+        self.propose_encoded(&mut request, encode, as_leader_of, runtime).await
+    }
+
+    /// As [`Self::propose_as`], in the form that members of the release `oldest` understand.
+    pub async fn propose_for(
+        &self,
+        mut request: InternalRaftRequest,
+        oldest: Version,
+        as_leader_of: Option<u64>,
+        runtime: usize,
+    ) -> Result<Response, Error> {
+        let encode = |request: &InternalRaftRequest, id| {
+            v2_request::write(request, oldest, id).unwrap_or_else(|| request.encode_to_vec())
+        };
+        self.propose_encoded(&mut request, encode, as_leader_of, runtime).await
     }
 
     async fn propose_encoded(
         &self,
         request: &mut InternalRaftRequest,
+        encode: impl FnOnce(&InternalRaftRequest, u64) -> Vec<u8>,
         as_leader_of: Option<u64>,
         runtime: usize,
     ) -> Result<Response, Error> {
+        let (kind, began) = (Kind::of(request), Instant::now());
         let id = self.next_id();
         request.header = Some(RequestHeader { id, ..Default::default() });
-        let cluster = self.view.load().members.cluster_version();
-        let old = v2_request::write(request, cluster, id);
-        let data = Bytes::from(old.unwrap_or_else(|| request.encode_to_vec()));
-        if data.len() > self.settings.max_request_bytes {
-            return Err(Error::RequestTooLarge);
-        }
-        self.propose_entry(id, data, Box::new(std::mem::take(request)), false, as_leader_of, runtime).await
+        let data = Bytes::from(encode(request, id));
+        let outcome = if data.len() > self.settings.max_request_bytes {
+            Err(Error::RequestTooLarge)
+        } else {
+            self.propose_entry(id, data, Box::new(std::mem::take(request)), false, as_leader_of, runtime).await
+        };
+        self.metrics.requests.record(kind, outcome.is_ok(), began.elapsed());
+        outcome
     }
 
     async fn propose_entry(

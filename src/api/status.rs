@@ -82,3 +82,20 @@ statuses! {
 pub fn not_implemented(what: &'static str) -> Status {
     Error::NotImplemented(what).into()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_that_are_in_no_table_of_etcd_s_leave_as_unknown() {
+        // G-2, M-40
+        let shown = |e: Error| {
+            let status = Status::from(e);
+            (status.code(), status.message().to_owned())
+        };
+        assert_eq!(shown(Error::ProposalDropped), (Code::Unknown, "raft proposal dropped".to_owned()));
+        assert_eq!(shown(Error::TooManyRequests), (Code::Unknown, "etcdserver: too many requests".to_owned()));
+        assert_eq!(shown(Error::NotPrimaryLessor), (Code::Unknown, "not a primary lessor".to_owned()));
+    }
+}

@@ -8,7 +8,7 @@ use prost::Message;
 use super::{Alarms, Committed, ConfChanged, Error, Outcome, Reply, Response, View, decode};
 use crate::{
     actor::Permit,
-    cluster::{Change as MemberChange, Members, v2_request},
+    cluster::{Change as MemberChange, Members, Version, v2_request},
     lease::{self, Leases},
     mvcc::{
         self,
@@ -34,6 +34,8 @@ pub const APPLIED_TERM_KEY: &[u8] = b"term";
 #[derive(Clone, Debug)]
 pub struct Settings {
     pub member_id: u64,
+    /// Of this binary. Decides no result: a cluster version above it ends the process.
+    pub release: Version,
     pub min_lease_ttl: i64,
     pub max_learners: usize,
     /// Keep the remaining time of checkpointed leases over a restart.
@@ -249,7 +251,7 @@ impl Core {
             return Ok(Response::Done);
         }
         if let Some(version) = request.cluster_version_set.take() {
-            if let Err(e) = self.members.set_version(&version, &mut self.batch) {
+            if let Err(e) = self.members.set_version(&version, self.settings.release, &mut self.batch) {
                 panic!("log entry {index}: {e}");
             }
             return Ok(Response::Done);

@@ -8,15 +8,25 @@ use rand::{RngExt, SeedableRng, rngs::StdRng};
 
 use super::{APPLIED_INDEX_KEY, Committed, Core, Error, Response, Settings, read_number};
 use crate::{
+    cluster::Version,
     pb::etcdserverpb::{
         AlarmRequest, AlarmType, CompactionRequest, DeleteRangeRequest, InternalRaftRequest, LeaseGrantRequest,
         LeaseRevokeRequest, PutRequest, alarm_request::AlarmAction,
     },
+    pb::membershippb::ClusterVersionSetRequest,
     storage::{Bucket, Storage, mem::MemStorage},
 };
 
 fn settings() -> Settings {
-    Settings { member_id: 1, min_lease_ttl: 2, max_learners: 1, persist_lease_checkpoints: false, quota_bytes: None }
+    let release = Version::new(3, 7, 1);
+    Settings {
+        member_id: 1,
+        release,
+        min_lease_ttl: 2,
+        max_learners: 1,
+        persist_lease_checkpoints: false,
+        quota_bytes: None,
+    }
 }
 
 fn open(storage: &Arc<MemStorage>) -> Core {
@@ -70,6 +80,24 @@ fn finish(core: &mut Core) {
 
 fn rows(storage: &MemStorage) -> Vec<(Bucket, Vec<(Bytes, Bytes)>)> {
     Bucket::ALL.iter().map(|bucket| (*bucket, storage.rows(*bucket))).collect()
+}
+
+#[test]
+fn cluster_version_above_the_own_release_ends_the_member() {
+    // C-34: before anything of it is stored
+    let set = |version: &str| InternalRaftRequest {
+        cluster_version_set: Some(ClusterVersionSetRequest { ver: version.to_owned() }),
+        ..Default::default()
+    };
+    let storage = Arc::new(MemStorage::new());
+    let mut core = open(&storage);
+    core.apply(entry(1, &set("3.7.0")));
+    core.commit().unwrap();
+    let before = rows(&storage);
+    let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| core.apply(entry(2, &set("3.8.0")))));
+    let text = caught.unwrap_err().downcast::<String>().unwrap();
+    assert!(text.contains("invalid downgrade; server version is lower than determined cluster version"), "{text}");
+    assert_eq!(rows(&storage), before);
 }
 
 #[test]

@@ -53,6 +53,11 @@ pub enum Error {
     UnknownMember(u64),
     #[error("cluster version: {0}")]
     Version(#[from] super::version::ParseError),
+    #[error(
+        "invalid downgrade; server version is lower than determined cluster version: this is {own}, the cluster is at \
+         {cluster}"
+    )]
+    TooOld { own: Version, cluster: Version },
 }
 
 /// A downgrade job; after its end with an empty target and not enabled.
@@ -77,6 +82,7 @@ struct State {
     downgrade: Downgrade,
 }
 
+const FIRST_STORAGE_VERSION: Version = Version::new(3, 6, 0);
 const CLUSTER_VERSION: &[u8] = b"clusterVersion";
 const DOWNGRADE: &[u8] = b"downgrade";
 const REMOVED: &[u8] = b"removed";
@@ -167,6 +173,12 @@ impl Members {
         self.0.version
     }
 
+    /// The layout of the data as clients and backups are told: the cluster's version, so that each of its members can read
+    /// it. `None` before it is decided and below the first release that says so (C-36).
+    pub fn storage_version(&self) -> Option<Version> {
+        self.0.version.filter(|version| *version >= FIRST_STORAGE_VERSION)
+    }
+
     pub fn downgrade(&self) -> &Downgrade {
         &self.0.downgrade
     }
@@ -238,16 +250,23 @@ impl Members {
         Ok(())
     }
 
-    /// Returns the version that is now in force. The caller stops a process whose own version is lower.
+    /// Refused to a member of release `own` that is older: it must end, as it cannot follow what comes (C-34).
     pub fn set_version(
         &mut self,
         request: &membershippb::ClusterVersionSetRequest,
+        own: Version,
         batch: &mut WriteBatch,
-    ) -> Result<Version, Error> {
+    ) -> Result<(), Error> {
         let version: Version = request.ver.parse()?;
+        may_follow(own, version)?;
         Arc::make_mut(&mut self.0).version = Some(version);
         batch.put(Bucket::Cluster, CLUSTER_VERSION, version.to_string());
-        Ok(version)
+        Ok(())
+    }
+
+    /// Whether a member of release `own` can be part of this cluster (C-34).
+    pub fn check_release(&self, own: Version) -> Result<(), Error> {
+        self.cluster_version().map_or(Ok(()), |version| may_follow(own, version))
     }
 
     pub fn set_downgrade(&mut self, request: membershippb::DowngradeInfoSetRequest, batch: &mut WriteBatch) {
@@ -265,6 +284,11 @@ impl Members {
             .filter(|member| Some(member.id) != except)
             .any(|member| member.peer_urls.iter().any(|url| peer_urls.contains(url)))
     }
+}
+
+fn may_follow(own: Version, cluster: Version) -> Result<(), Error> {
+    let own = own.cluster_version();
+    if own < cluster { Err(Error::TooOld { own, cluster }) } else { Ok(()) }
 }
 
 impl State {

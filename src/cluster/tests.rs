@@ -258,7 +258,7 @@ fn rows_are_those_of_an_etcd_store() {
     let row = step(&|m, b| {
         m.apply(Change::Remove(0xabc), 1, b).unwrap();
         let version = ClusterVersionSetRequest { ver: "3.7.0".to_owned() };
-        assert_eq!(m.set_version(&version, b), Ok(Version::new(3, 7, 0)));
+        m.set_version(&version, Version::new(3, 7, 1), b).unwrap();
         m.set_downgrade(DowngradeInfoSetRequest { enabled: true, ver: "3.6.0".to_owned() }, b);
     });
     assert_eq!(row, None);
@@ -299,8 +299,42 @@ fn attributes_of_removed_members_are_ignored_and_of_unknown_ones_fatal() {
     assert_eq!(members.set_attributes(attributes(2, "b", &[]), &mut batch), Ok(()));
     assert_eq!(members.set_attributes(attributes(3, "c", &[]), &mut batch), Err(Error::UnknownMember(3)));
     let version = ClusterVersionSetRequest { ver: "latest".to_owned() };
-    assert!(members.set_version(&version, &mut batch).is_err());
+    assert!(matches!(members.set_version(&version, Version::new(3, 7, 1), &mut batch), Err(Error::Version(_))));
     assert!(batch.is_empty());
+}
+
+#[test]
+fn storage_version_is_told_from_the_first_release_that_has_it() {
+    // C-36
+    let (mut members, mut batch) = (Members::default(), WriteBatch::default());
+    assert_eq!(members.storage_version(), None);
+    for (version, told) in
+        [("3.0.0", None), ("3.5.0", None), ("3.6.0", Some(6)), ("3.7.0", Some(7)), ("3.6.0", Some(6))]
+    {
+        let set = ClusterVersionSetRequest { ver: version.to_owned() };
+        members.set_version(&set, Version::new(3, 7, 1), &mut batch).unwrap();
+        assert_eq!(members.storage_version(), told.map(|minor| Version::new(3, minor, 0)), "{version}");
+    }
+}
+
+#[test]
+fn members_older_than_their_cluster_are_refused() {
+    // C-34
+    let (mut members, mut batch) = (Members::default(), WriteBatch::default());
+    let set = |version: &str| ClusterVersionSetRequest { ver: version.to_owned() };
+    let own = Version::new(3, 7, 1);
+    assert_eq!(members.check_release(own), Ok(()), "not decided");
+    members.set_version(&set("3.7.0"), own, &mut batch).unwrap();
+    assert_eq!(members.check_release(own), Ok(()));
+    let older = Version::new(3, 6, 9);
+    let refusal = Error::TooOld { own: Version::new(3, 6, 0), cluster: Version::new(3, 7, 0) };
+    assert_eq!(members.check_release(older), Err(refusal));
+    let before = members.clone();
+    assert!(matches!(members.set_version(&set("3.8.0"), own, &mut batch), Err(Error::TooOld { .. })));
+    assert_eq!(members, before);
+    // Also where a downgrade is under way: it begins with the cluster's version.
+    members.set_downgrade(DowngradeInfoSetRequest { enabled: true, ver: "3.6.0".to_owned() }, &mut batch);
+    assert!(members.check_release(older).is_err());
 }
 
 #[test]

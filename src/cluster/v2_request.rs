@@ -78,28 +78,23 @@ pub enum Error {
     Value { path: String, reason: String },
 }
 
-/// The first version that understands today's form.
-const TODAY: Version = Version::new(3, 5, 0);
+/// The first release that understands today's form.
+pub const TODAY: Version = Version::new(3, 5, 0);
 
-/// The old form of `request`, if the cluster has, or would have, members that need it.
-pub fn write(request: &InternalRaftRequest, cluster: Option<Version>, id: u64) -> Option<Vec<u8>> {
-    let put = |path: String, value: String| {
-        let request = Whole { id, method: "PUT".to_owned(), path, value, ..Whole::default() };
-        request.encode_to_vec()
-    };
-    if let Some(set) = &request.cluster_version_set {
-        // What is set is the lowest member's version.
-        let version: Version = set.ver.parse().ok()?;
-        return (version < TODAY && version.minor > 0).then(|| put("/0/version".to_owned(), set.ver.clone()));
+/// The old form of `request`, if it has one and the oldest member needs it. Members of 3.7 end at it.
+pub fn write(request: &InternalRaftRequest, oldest: Version, id: u64) -> Option<Vec<u8>> {
+    if oldest >= TODAY {
+        return None;
     }
-    let set = request.cluster_member_attr_set.as_ref().filter(|_| {
-        // 3.0 only says that somebody has not answered; members of 3.7 end at the old form.
-        cluster.is_some_and(|version| version < TODAY && version.minor > 0)
-    })?;
-    let attributes = set.member_attributes.clone().unwrap_or_default();
-    let json = json::to_vec(&AttributesJson { name: attributes.name, client_urls: attributes.client_urls });
-    let value = String::from_utf8(json).ok()?;
-    Some(put(format!("/0/members/{}/attributes", ids::hex(set.member_id)), value))
+    let (path, value) = if let Some(set) = &request.cluster_version_set {
+        ("/0/version".to_owned(), set.ver.clone())
+    } else {
+        let set = request.cluster_member_attr_set.as_ref()?;
+        let attributes = set.member_attributes.clone().unwrap_or_default();
+        let json = json::to_vec(&AttributesJson { name: attributes.name, client_urls: attributes.client_urls });
+        (format!("/0/members/{}/attributes", ids::hex(set.member_id)), String::from_utf8(json).ok()?)
+    };
+    Some(Whole { id, method: "PUT".to_owned(), path, value, ..Whole::default() }.encode_to_vec())
 }
 
 /// The request of today that means the same.
@@ -151,21 +146,22 @@ mod tests {
         let attributes = Attributes { name: "n".into(), client_urls: vec!["http://h:1".into()] };
         let set = ClusterMemberAttrSetRequest { member_id: 0xa1, member_attributes: Some(attributes) };
         let publish = InternalRaftRequest { cluster_member_attr_set: Some(set), ..Default::default() };
-        let (old, new) = (Some(Version::new(3, 4, 0)), Some(Version::new(3, 5, 0)));
+        let (old, new) = (Version::new(3, 4, 0), Version::new(3, 5, 0));
         assert_eq!(write(&publish, new, 7), None);
-        assert_eq!(write(&publish, None, 7), None);
-        assert_eq!(write(&publish, Some(Version::new(3, 0, 0)), 7), None, "not decided");
         let bytes = write(&publish, old, 7).unwrap();
         assert_eq!(read(&bytes), Ok(publish));
         // The first field is the id, by which the waiting caller is found; fields that say nothing are there, too.
         assert_eq!(bytes[..2], [0x08, 7]);
         assert!(bytes.ends_with(&[0x78, 0, 0x80, 1, 0]), "{bytes:02x?}");
-        let raise = |ver: &str| InternalRaftRequest {
-            cluster_version_set: Some(ClusterVersionSetRequest { ver: ver.into() }),
-            ..Default::default()
-        };
-        assert_eq!(read(&write(&raise("3.4.0"), None, 1).unwrap()), Ok(raise("3.4.0")));
-        assert_eq!(write(&raise("3.7.0"), old, 1), None, "nobody needs it any more");
+        for ver in ["3.0.0", "3.4.0"] {
+            let raise = InternalRaftRequest {
+                cluster_version_set: Some(ClusterVersionSetRequest { ver: ver.into() }),
+                ..Default::default()
+            };
+            assert_eq!(read(&write(&raise, old, 1).unwrap()), Ok(raise.clone()));
+            assert_eq!(write(&raise, new, 1), None);
+        }
+        assert_eq!(write(&InternalRaftRequest::default(), old, 1), None, "other requests have one form");
     }
 
     #[test]

@@ -12,6 +12,7 @@ use http_body_util::Full;
 
 use crate::{
     api::{Handle, Server},
+    cluster::Version,
     config::ETCD_VERSION,
 };
 use runtime::Serves;
@@ -65,13 +66,13 @@ impl FromStatic for Full<Bytes> {
 
 /// `/version`, the same on client and peer listeners.
 pub fn version(server: &Server) -> Answer {
-    let version = server.view.load().members.cluster_version();
-    let or = |unknown: &str| version.map_or_else(|| unknown.to_owned(), |v| v.to_string());
+    let members = &server.view.load().members;
+    let or = |version: Option<Version>, unknown: &str| version.map_or_else(|| unknown.to_owned(), |v| v.to_string());
     // The fields in etcd's order.
     let body = format!(
         r#"{{"etcdserver":"{ETCD_VERSION}","etcdcluster":"{}","storage":"{}"}}"#,
-        or("not_decided"),
-        or("unknown")
+        or(members.cluster_version(), "not_decided"),
+        or(members.storage_version(), "unknown")
     );
     let mut response = Response::new(Full::from(body));
     set_type(&mut response, "application/json");

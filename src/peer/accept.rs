@@ -1,10 +1,10 @@
 //! What other members ask under `/raft`: their streams, posted messages, databases, probes.
 
-use std::{io, pin::Pin, task::Context, task::Poll};
+use std::{io, pin::Pin, sync::Arc, task::Context, task::Poll};
 
 use bytes::{Bytes, BytesMut};
 use futures_util::future;
-use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full};
 use hyper::body::{self, Frame};
 use tokio::{sync::mpsc, time::timeout};
@@ -12,7 +12,7 @@ use tokio::{sync::mpsc, time::timeout};
 use super::{
     actor::Control,
     codec::{self, Kind, SnapshotHead},
-    metrics::Snapshots,
+    metrics::{PeerNumbers, Snapshots},
     probe,
     stream::{StreamBody, stream},
     transport::Transport,
@@ -143,6 +143,12 @@ impl Transport {
         Ok(None)
     }
 
+    /// Who is no peer is counted under 0: anybody may claim any id.
+    fn numbers_of_sender(&self, headers: &HeaderMap) -> Arc<PeerNumbers> {
+        let sender = wire::parse_id(wire::text(headers, wire::SERVER_FROM)).filter(|id| self.peer(*id).is_some());
+        self.shared.numbers.of(sender.unwrap_or(0))
+    }
+
     fn remember_sender<B>(&self, request: &Request<B>) {
         if let Some(id) = wire::parse_id(wire::text(request.headers(), wire::SERVER_FROM)) {
             self.remember(id, request);
@@ -191,9 +197,7 @@ impl Transport {
         B: body::Body<Data = Bytes> + Unpin,
         B::Error: std::error::Error + 'static,
     {
-        let sender =
-            wire::parse_id(wire::text(request.headers(), wire::SERVER_FROM)).filter(|id| self.peer(*id).is_some());
-        let numbers = self.shared.numbers.of(sender.unwrap_or(0));
+        let numbers = self.numbers_of_sender(request.headers());
         let failed = |status, text| {
             numbers.received_failures.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
             refuse(status, text)
@@ -228,9 +232,7 @@ impl Transport {
         B: body::Body<Data = Bytes> + Unpin,
         B::Error: std::error::Error + 'static,
     {
-        let sender =
-            wire::parse_id(wire::text(request.headers(), wire::SERVER_FROM)).filter(|id| self.peer(*id).is_some());
-        let numbers = self.shared.numbers.of(sender.unwrap_or(0));
+        let numbers = self.numbers_of_sender(request.headers());
         let transfer = Snapshots::begin(&numbers, |numbers| &numbers.snapshots_received);
         let mut body = request.into_body();
         let undecodable =

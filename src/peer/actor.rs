@@ -19,7 +19,11 @@ use super::{
     wire::Shared,
 };
 use crate::{
-    actor::{Actor, Stats, Turn, shell::Flow, stats::Refusal},
+    actor::{
+        Actor, Stats, Turn,
+        shell::{Flow, vital},
+        stats::Refusal,
+    },
     pb::raftpb::{Message, MessageType},
 };
 
@@ -85,14 +89,15 @@ impl Peer {
         let mut tasks = JoinSet::new();
         for _ in 0..post::SENDERS {
             // Not aborted: what is queued when a sender becomes a member still goes out.
-            actix_rt::spawn(end.clone().run(target.clone()));
+            actix_rt::spawn(vital("peer pipeline", end.clone().run(target.clone())));
         }
         if !is_remote {
             for kind in [Kind::Append, Kind::Message] {
                 let (shared, numbers, urls) = (shared.clone(), numbers.clone(), urls.clone());
-                tasks.spawn(Reader { shared, numbers, urls, id, kind }.run());
+                tasks.spawn(vital("peer stream", Reader { shared, numbers, urls, id, kind }.run()));
             }
-            tasks.spawn(Prober { shared: shared.clone(), numbers: numbers.clone(), urls, id }.run());
+            let prober = Prober { shared: shared.clone(), numbers: numbers.clone(), urls, id };
+            tasks.spawn(vital("peer prober", prober.run()));
         }
         Self { shared, id, numbers, stats, append: None, message: None, pipeline, target, lost: false, tasks }
     }
@@ -113,10 +118,10 @@ impl Peer {
         match self.shared.snapshots.clone().try_acquire_owned() {
             Ok(permit) => {
                 let target = self.target.clone();
-                self.tasks.spawn(async move {
+                self.tasks.spawn(vital("peer snapshot", async move {
                     let _permit = permit;
                     target.send_database(order).await;
-                });
+                }));
             }
             Err(_) => {
                 self.drop_one();

@@ -7,19 +7,16 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::{HeaderMap, Method, Request, StatusCode, header};
 use http_body_util::{BodyExt, Full, Limited};
-use hyper_util::rt::TokioIo;
 use prost::Message;
 use serde::Deserialize;
-use tokio::{
-    io::{AsyncRead, AsyncWrite},
-    net::{TcpStream, UnixStream},
-    task::JoinSet,
-};
 
-use super::CLUSTER_ID;
+use super::{
+    CLUSTER_ID,
+    dial::{self, Limits},
+};
 use crate::{
     cluster::{Member, ids, members_from_json},
-    config::{Scheme, Url},
+    config::Url,
     pb::{
         etcdserverpb::{
             LeaseKeepAliveRequest, LeaseKeepAliveResponse, LeaseTimeToLiveRequest, LeaseTimeToLiveResponse,
@@ -106,9 +103,10 @@ pub async fn downgrade_enabled(url: &str, timeout: Duration) -> Result<bool, Err
     }
 }
 
-/// Asks the leader to promote the learner `id`; the members after it.
-pub async fn promote(url: &str, id: u64, timeout: Duration) -> Result<Vec<Member>, Error> {
-    let question = Question { method: Method::POST, ..get(&format!("/members/promote/{id}")) };
+/// Asks the leader to promote the learner `id`, with the token of whoever asked for it; the members after it.
+pub async fn promote(url: &str, id: u64, token: Option<&str>, timeout: Duration) -> Result<Vec<Member>, Error> {
+    let path = format!("/members/promote/{id}");
+    let question = Question { method: Method::POST, token: token.map(str::to_owned), ..get(&path) };
     let (_, body) = question.send(url, timeout).await?;
     members_from_json(&body).map_err(|e| unreachable(url, format!("its list of members: {e}")))
 }
@@ -158,6 +156,7 @@ struct Question {
     method: Method,
     path: String,
     cluster_id: Option<u64>,
+    token: Option<String>,
     content_type: Option<&'static str>,
     body: Bytes,
     answer_bytes_max: usize,
@@ -168,6 +167,7 @@ fn get(path: &str) -> Question {
         method: Method::GET,
         path: path.to_owned(),
         cluster_id: None,
+        token: None,
         content_type: None,
         body: Bytes::new(),
         answer_bytes_max: BODY_BYTES_MAX,
@@ -187,54 +187,35 @@ fn post_protobuf(path: &str, message: &impl Message) -> Question {
 impl Question {
     /// Headers and body of an answer 200.
     async fn send(self, url: &str, timeout: Duration) -> Result<(HeaderMap, Bytes), Error> {
-        match tokio::time::timeout(timeout, self.exchange(url)).await {
+        match tokio::time::timeout(timeout, self.exchange(url, timeout)).await {
             Ok(answer) => answer,
             Err(_) => Err(unreachable(url, format!("no answer within {timeout:?}"))),
         }
     }
 
-    async fn exchange(self, text: &str) -> Result<(HeaderMap, Bytes), Error> {
+    async fn exchange(self, text: &str, timeout: Duration) -> Result<(HeaderMap, Bytes), Error> {
         let url = Url::parse(text).map_err(|e| unreachable(text, e))?;
-        match url.scheme() {
-            Scheme::Http => {
-                let port: u16 = url.port().parse().map_err(|_| unreachable(text, "its port is no number"))?;
-                let stream = TcpStream::connect((url.host(), port)).await.map_err(|e| unreachable(text, e))?;
-                let host = if url.host().contains(':') { format!("[{}]", url.host()) } else { url.host().to_owned() };
-                self.over(stream, text, &format!("{host}:{port}")).await
-            }
-            Scheme::Unix => {
-                let stream = UnixStream::connect(url.socket_path()).await.map_err(|e| unreachable(text, e))?;
-                self.over(stream, text, "localhost").await
-            }
-            Scheme::Https | Scheme::Unixs => Err(unreachable(text, "not implemented: TLS between members")),
-        }
-    }
-
-    async fn over<S>(self, stream: S, url: &str, host: &str) -> Result<(HeaderMap, Bytes), Error>
-    where
-        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-    {
         let limit = self.answer_bytes_max;
-        let request = self.request(host).map_err(|e| unreachable(url, e))?;
-        let (mut sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| unreachable(url, e))?;
-        // Ends with this call, whatever way it ends.
-        let mut driver = JoinSet::new();
-        driver.spawn(connection);
-        let answer = sender.send_request(request).await.map_err(|e| unreachable(url, e))?;
+        let request = self.request(dial::host(&url)).map_err(|e| unreachable(text, e))?;
+        let limits = Limits { connect: timeout, read: None, write: None };
+        let mut sender = dial::connect(&url, limits).await.map_err(|e| unreachable(text, e))?;
+        let answer = sender.send_request(request).await.map_err(|e| unreachable(text, dial::chain(&e)))?;
         let (head, body) = answer.into_parts();
-        let body = Limited::new(body, limit).collect().await.map_err(|e| unreachable(url, e))?.to_bytes();
+        let body = Limited::new(body, limit).collect().await.map_err(|e| unreachable(text, e))?.to_bytes();
         if head.status == StatusCode::OK {
             return Ok((head.headers, body));
         }
-        let text: String = String::from_utf8_lossy(&body).trim().chars().take(TEXT_CHARS_MAX).collect();
-        Err(Error::Refused { url: url.to_owned(), status: head.status.as_u16(), text })
+        let refusal: String = String::from_utf8_lossy(&body).trim().chars().take(TEXT_CHARS_MAX).collect();
+        Err(Error::Refused { url: text.to_owned(), status: head.status.as_u16(), text: refusal })
     }
 
     fn request(self, host: &str) -> http::Result<Request<Full<Bytes>>> {
         let mut request = Request::builder().method(self.method).uri(self.path).header(header::HOST, host);
         if let Some(id) = self.cluster_id {
             request = request.header(CLUSTER_ID, ids::hex(id));
+        }
+        if let Some(token) = self.token {
+            request = request.header(header::AUTHORIZATION, token);
         }
         if let Some(content_type) = self.content_type {
             request = request.header(header::CONTENT_TYPE, content_type);

@@ -41,7 +41,7 @@ where
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     if url.is_secure() {
-        return Err(io::Error::new(io::ErrorKind::Unsupported, "not implemented: TLS to peers"));
+        return Err(io::Error::new(io::ErrorKind::Unsupported, "not implemented: TLS between members"));
     }
     let too_late = |_| io::Error::new(io::ErrorKind::TimedOut, "dial: i/o timeout");
     if url.is_socket() {

@@ -15,14 +15,15 @@ use tokio::{sync::oneshot, time::Instant};
 
 use super::CLUSTER_ID;
 use crate::{
-    api::Server,
+    api::{Server, lease::Renewal},
+    apply::Error,
     cluster::{Member, ids, members_to_json},
     http::{Answer, not_found, set_type, text_error, version},
-    lease::actor::{Ask, Renewed},
+    lease::actor::Ask,
     pb::{
         etcdserverpb::{
-            InternalRaftRequest, LeaseCheckpoint, LeaseCheckpointRequest, LeaseKeepAliveRequest,
-            LeaseKeepAliveResponse, LeaseTimeToLiveRequest, LeaseTimeToLiveResponse, ResponseHeader,
+            LeaseKeepAliveRequest, LeaseKeepAliveResponse, LeaseTimeToLiveRequest, LeaseTimeToLiveResponse,
+            ResponseHeader,
         },
         leasepb::{LeaseInternalRequest, LeaseInternalResponse},
     },
@@ -163,34 +164,13 @@ impl Endpoints {
         let Ok(LeaseKeepAliveRequest { id }) = LeaseKeepAliveRequest::decode(body) else { return unreadable() };
         let Some(deadline) = self.applied().await else { return late() };
         loop {
-            let (answer, renewed) = oneshot::channel();
-            let renewed = match self.server.leases.try_send(Ask::Renew { id, answer }) {
-                Ok(()) => renewed.await.ok(),
-                Err(_) => None,
-            };
-            match renewed {
-                Some(Renewed::Ttl { ttl, clear_checkpoint }) => {
-                    if clear_checkpoint {
-                        let checkpoints = vec![LeaseCheckpoint { id, remaining_ttl: 0 }];
-                        let lease_checkpoint = Some(LeaseCheckpointRequest { checkpoints });
-                        let request = InternalRaftRequest { lease_checkpoint, ..Default::default() };
-                        if let Err(e) = self.server.propose(request, self.runtime).await {
-                            return text_error(StatusCode::BAD_REQUEST, &format!("etcdserver: {e}"));
-                        }
-                    }
-                    // After the renewal: a revocation applied before it shows here (H-41).
-                    if !self.server.view.load().leases.contains(id) {
-                        return lease_not_found();
-                    }
-                    return protobuf(&LeaseKeepAliveResponse { header: None, id, ttl });
-                }
-                Some(Renewed::NotLeader) if !self.server.raft_status.read().is_leader => {
-                    return text_error(StatusCode::BAD_REQUEST, "not a primary lessor");
-                }
-                Some(Renewed::Gone) => return lease_not_found(),
-                Some(Renewed::Unknown) if !self.server.view.load().leases.contains(id) => return lease_not_found(),
-                // Its grant's notice, or that of the leadership, is on the way to the expirer (H-38).
-                Some(Renewed::Unknown | Renewed::NotLeader) | None => {}
+            match self.server.renew(id, self.runtime).await {
+                Ok(Renewal::Ttl(ttl)) => return protobuf(&LeaseKeepAliveResponse { header: None, id, ttl }),
+                Ok(Renewal::Gone) => return lease_not_found(),
+                Ok(Renewal::NotLeader) => return text_error(StatusCode::BAD_REQUEST, "not a primary lessor"),
+                Ok(Renewal::Later) => {}
+                Err(e @ Error::NotPrimaryLessor) => return text_error(StatusCode::BAD_REQUEST, &e.to_string()),
+                Err(e) => return text_error(StatusCode::BAD_REQUEST, &format!("etcdserver: {e}")),
             }
             if Instant::now() >= deadline {
                 return late();

@@ -21,6 +21,7 @@ use super::{
     wire::STREAM_STEP,
 };
 use crate::{
+    actor::shell::vital,
     config::Url,
     http::listener::{Listener, bind},
 };
@@ -77,13 +78,13 @@ impl Bound {
         for socket in self.0 {
             let service = Service { transport: transport.clone(), others: others.clone() };
             let mut stopped = stopped.clone();
-            arbiter.spawn(async move {
+            arbiter.spawn(vital("peer port", async move {
                 tokio::select! {
                     // An error: the sender is gone.
                     _ = stopped.changed() => {}
                     () = accept(socket, service) => {}
                 }
-            });
+            }));
         }
         Listening { _stop: stop }
     }
@@ -118,7 +119,12 @@ async fn accept(socket: Socket, service: Service) {
                 connections.spawn(serve(socket, service.clone()));
             }),
         };
-        while connections.try_join_next().is_some() {}
+        while let Some(ended) = connections.try_join_next() {
+            if ended.is_err_and(|e| e.is_panic()) {
+                // As for clients: that call ends.
+                tracing::error!("the answer to a peer panicked; its connection is closed");
+            }
+        }
         if let Err(e) = accepted {
             // Out of descriptors, or the caller has already gone: the next may do better.
             tracing::warn!("cannot accept a peer connection: {e}");

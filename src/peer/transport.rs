@@ -7,13 +7,11 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use http::HeaderValue;
-use tokio::sync::Semaphore;
 
 use super::{
     Databases, Incoming, Links,
     actor::{Control, Outgoing, Parts, Peer},
-    metrics::{Numbers, PeerNumbers},
+    metrics::PeerNumbers,
     status::Urls,
     wire::Shared,
 };
@@ -67,21 +65,13 @@ pub(super) struct Handle {
 impl Transport {
     /// A transport that knows nobody yet.
     pub fn start(wiring: Wiring) -> Arc<Self> {
-        let own_urls = crate::config::url::join(&wiring.own_peer_urls);
-        let shared = Shared {
-            cluster_id: wiring.cluster_id,
-            member_id: wiring.member_id,
-            own_urls: HeaderValue::from_str(&own_urls).unwrap_or(HeaderValue::from_static("")),
-            dial_timeout: DIAL_EXTRA + wiring.election_timeout,
-            incoming: wiring.incoming,
-            databases: wiring.databases,
-            numbers: Arc::new(Numbers::new(wiring.member_id)),
-            snapshots: Arc::new(Semaphore::new(SNAPSHOTS_MAX)),
-        };
+        let (arbiter, registry) = (wiring.arbiter.clone(), wiring.registry.clone());
+        let dial_timeout = DIAL_EXTRA + wiring.election_timeout;
+        let shared = Shared::new(wiring, SNAPSHOTS_MAX, dial_timeout);
         Arc::new(Self {
             shared: Arc::new(shared),
-            arbiter: wiring.arbiter,
-            registry: wiring.registry,
+            arbiter,
+            registry,
             peers: ArcSwap::default(),
             changing: Mutex::new(false),
         })
@@ -121,7 +111,11 @@ impl Transport {
     pub fn set_members<'a>(&self, members: impl IntoIterator<Item = &'a Member>) {
         self.change(|peers| {
             let mut gone: HashMap<u64, Handle> = peers.iter().map(|(id, peer)| (*id, peer.clone())).collect();
-            for member in members.into_iter().filter(|m| m.id != self.shared.member_id) {
+            for member in members {
+                if member.id == self.shared.member_id {
+                    self.shared.set_own_urls(&member.peer_urls);
+                    continue;
+                }
                 let urls = parse(&member.peer_urls);
                 match gone.remove(&member.id) {
                     Some(peer) if !peer.is_remote => peer.urls.set(urls),
@@ -200,7 +194,7 @@ impl Transport {
             stats: inbox.stats.clone(),
             is_remote,
         };
-        shell::spawn(&self.arbiter, inbox, false, move || Peer::start(parts));
+        shell::spawn(&self.arbiter, inbox, true, move || Peer::start(parts));
         Handle { sender, numbers, urls, is_remote }
     }
 

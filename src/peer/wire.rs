@@ -2,10 +2,11 @@
 
 use std::{sync::Arc, time::Duration};
 
+use arc_swap::ArcSwap;
 use http::{HeaderMap, HeaderValue, Method, Request, request::Builder};
 use tokio::sync::Semaphore;
 
-use super::{Databases, Incoming, dial, dial::Limits, metrics::Numbers};
+use super::{Databases, Incoming, Wiring, dial, dial::Limits, metrics::Numbers};
 use crate::{
     cluster::{Version, ids::hex},
     config::{ETCD_VERSION, Url},
@@ -35,8 +36,8 @@ const POST_STEP: Duration = Duration::from_secs(60);
 pub struct Shared {
     pub cluster_id: u64,
     pub member_id: u64,
-    /// Own peer URLs as in the header.
-    pub own_urls: HeaderValue,
+    /// Own peer URLs as in the header: as configured until the members tell them.
+    own_urls: ArcSwap<HeaderValue>,
     pub dial_timeout: Duration,
     pub incoming: Arc<dyn Incoming>,
     pub databases: Arc<dyn Databases>,
@@ -46,6 +47,25 @@ pub struct Shared {
 }
 
 impl Shared {
+    pub fn new(wiring: Wiring, snapshots_max: usize, dial_timeout: Duration) -> Self {
+        let own_urls: Vec<String> = wiring.own_peer_urls.iter().map(ToString::to_string).collect();
+        Self {
+            cluster_id: wiring.cluster_id,
+            member_id: wiring.member_id,
+            own_urls: ArcSwap::from_pointee(url_header(&own_urls)),
+            dial_timeout,
+            incoming: wiring.incoming,
+            databases: wiring.databases,
+            numbers: Arc::new(Numbers::new(wiring.member_id)),
+            snapshots: Arc::new(Semaphore::new(snapshots_max)),
+        }
+    }
+
+    /// The members tell other URLs of this one.
+    pub fn set_own_urls(&self, urls: &[String]) {
+        self.own_urls.store(Arc::new(url_header(urls)));
+    }
+
     /// A request to another member, with its headers.
     pub fn request(&self, method: Method, url: &Url, path: &str) -> Builder {
         Request::builder()
@@ -56,7 +76,7 @@ impl Shared {
             .header(SERVER_VERSION, ETCD_VERSION)
             .header(MIN_CLUSTER_VERSION, OLDEST.to_string())
             .header(CLUSTER_ID, hex(self.cluster_id))
-            .header(PEER_URLS, self.own_urls.clone())
+            .header(PEER_URLS, &**self.own_urls.load())
     }
 
     pub fn stream_limits(&self) -> Limits {
@@ -75,6 +95,10 @@ impl Shared {
         self.incoming.message(message);
         Ok(())
     }
+}
+
+fn url_header(urls: &[String]) -> HeaderValue {
+    HeaderValue::from_str(&urls.join(",")).unwrap_or(HeaderValue::from_static(""))
 }
 
 #[derive(Clone, Copy, Debug, thiserror::Error)]

@@ -445,6 +445,26 @@ fn second_change_under_way_is_refused_at_once() {
 }
 
 #[test]
+fn second_change_forwarded_while_one_is_under_way_is_a_timeout() {
+    // C-27: in the log an empty entry takes its place, and nothing tells a follower whose change that was.
+    let (mut cluster, leader) = Cluster::led(3);
+    let follower = other(&cluster, leader);
+    let add = |id| Change::Add(Member { id, peer_urls: vec![format!("http://h:{id}")], ..Member::default() });
+    let (first, second) = (cluster.change(leader, &add(8)), cluster.change(follower, &add(9)));
+    cluster.ticks(60);
+    assert_eq!(cluster.outcome(first), Some(Ok(Response::Done)));
+    assert_eq!(cluster.outcome(second), None, "no success, and its time is not over");
+    cluster.ticks(15);
+    assert_eq!(cluster.outcome(second), Some(Err(Error::Timeout)));
+    let changes = |node: &Node| node.disk.values().filter(|e| e.r#type() == raftpb::EntryType::EntryConfChange).count();
+    assert!(cluster.nodes.values().all(|node| changes(node) == 1), "it is in nobody's log");
+    // The way is free again.
+    let third = cluster.change(follower, &add(9));
+    cluster.ticks(3);
+    assert_eq!(cluster.outcome(third), Some(Ok(Response::Done)));
+}
+
+#[test]
 fn leader_that_removes_itself_makes_room() {
     // C-16
     let (mut cluster, leader) = Cluster::led(3);

@@ -12,6 +12,7 @@ use raft::{
 
 use super::{
     Answer, Append, Committed, Install, Progress, Proposal, Reading, convert,
+    held::Held,
     log::MemLog,
     reads::{ReadRequest, Reads},
 };
@@ -97,11 +98,11 @@ pub struct Core {
     queued: VecDeque<Proposal>,
     /// Given to the leader, not yet applied; by request id, with their content.
     pending: BTreeMap<u64, (Bytes, Ticket)>,
-    /// Proposals of others that came while leadership is being handed over, and when.
-    held_proposals: VecDeque<(u64, rs::Message)>,
+    /// Proposals of others that came while leadership is being handed over.
+    held_proposals: Held,
     reads: Reads,
     /// Read requests of others that came before this leader has committed anything of its term.
-    held_reads: Vec<rs::Message>,
+    held_reads: Held,
     answers: Vec<Answer>,
     /// Readys the WAL has not answered yet.
     in_flight: VecDeque<InFlight>,
@@ -130,8 +131,6 @@ const INFLIGHT_MAX: usize = 512;
 const COMMITTED_BYTES_MAX: u64 = 4 << 20;
 /// Proposals are forwarded in messages of about this size.
 const FORWARD_BYTES_MAX: usize = 1 << 20;
-/// Messages of others kept while nobody can take them; raft may lose any message, so more are dropped.
-const HELD_MAX: usize = 4096;
 /// Bytes of committed entries that wait for apply before this member stops taking more: as much again as apply's inbox holds.
 const HELD_BYTES_MAX: usize = 64 << 20;
 /// Ticks after which a read round is asked for again: 500 ms with the usual tick.
@@ -171,10 +170,10 @@ impl Core {
             node,
             queued: VecDeque::new(),
             pending: BTreeMap::new(),
-            held_proposals: VecDeque::new(),
+            held_proposals: Held::default(),
             reads: Reads::new(options.seed),
             options,
-            held_reads: Vec::new(),
+            held_reads: Held::default(),
             answers: Vec::new(),
             in_flight: VecDeque::new(),
             held: VecDeque::new(),
@@ -223,9 +222,7 @@ impl Core {
                     return Err("a proposal that no member can apply");
                 }
                 // Nobody waits for it here; a lost one costs its caller a timeout, so it is kept for the next leader.
-                if self.held_proposals.len() < HELD_MAX {
-                    self.held_proposals.push_back((self.ticks, message));
-                }
+                self.held_proposals.put(self.ticks, message);
             }
             MessageType::MsgReadIndex => self.step_read(message),
             // A member that was removed is answered with an error that means nothing to anybody.
@@ -256,7 +253,7 @@ impl Core {
             self.node.tick();
         }
         self.campaign_alone();
-        self.held_proposals.retain(|(since, _)| self.ticks - since < 2 * election_ticks);
+        self.held_proposals.expire((self.ticks + 1).saturating_sub(2 * election_ticks));
         let (ticks, members) = (self.ticks, self.node.raft.prs());
         // Whoever was removed meanwhile gets none any more.
         self.snapshots_out
@@ -515,15 +512,15 @@ impl Core {
     /// Others' requests that can be stepped now.
     fn step_held(&mut self) {
         if !self.is_leaderless() {
-            for (_, message) in std::mem::take(&mut self.held_proposals) {
+            for message in self.held_proposals.take() {
                 // Nobody waits for it here, so nobody is told.
                 let _ = self.step_proposal(message);
             }
         }
         if !self.leads() {
-            self.held_reads.clear();
+            self.held_reads = Held::default();
         } else if self.node.raft.commit_to_current_term() {
-            for message in std::mem::take(&mut self.held_reads) {
+            for message in self.held_reads.take() {
                 self.step_read(message);
             }
         }
@@ -534,9 +531,7 @@ impl Core {
         if self.leads() {
             if !self.node.raft.commit_to_current_term() {
                 // The crate would drop it silently.
-                if self.held_reads.len() < HELD_MAX {
-                    self.held_reads.push(message);
-                }
+                self.held_reads.put(self.ticks, message);
                 return;
             }
             if let Some(entry) = message.entries.first_mut() {

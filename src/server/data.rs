@@ -7,7 +7,7 @@ use prost::Message;
 
 use crate::{
     apply,
-    cluster::{Change, Member, Members, Version, bootstrap, ids::hex},
+    cluster::{Change, Member, Members, bootstrap, ids::hex},
     config::{Config, ETCD_VERSION},
     lease,
     pb::{
@@ -24,7 +24,7 @@ use crate::{
     wal::{self, Wal},
 };
 
-use super::join;
+use super::{DATA_MUST_GO, REMOVED, join};
 
 #[derive(Clone, Copy, Debug)]
 pub struct Ids {
@@ -91,6 +91,7 @@ pub async fn open(config: &Config) -> anyhow::Result<Opened> {
     let learners_max = usize::try_from(config.max_learners).unwrap_or(0);
     let settings = apply::Settings {
         member_id: ids.member,
+        release: ETCD_VERSION.parse().context("the own version is one")?,
         min_lease_ttl: lease::min_ttl(config.election_ticks(), config.heartbeat_interval_ms),
         max_learners: learners_max,
         persist_lease_checkpoints: config.feature_gates.enabled("LeaseCheckpointPersist"),
@@ -103,13 +104,12 @@ pub async fn open(config: &Config) -> anyhow::Result<Opened> {
     if members.is_removed(ids.member) {
         // C-17
         bail!(
-            "the member {} has been permanently removed from the cluster; the data directory {} must be removed before \
-             it can join again as a new member",
+            "{REMOVED}; {DATA_MUST_GO}: {} is gone for good, and {} may be empty for a new one",
             hex(ids.member),
             config.data_dir
         );
     }
-    check_version(members)?;
+    members.check_release(settings.release)?;
     if config.force_new_cluster && log_exists {
         let own = Member {
             id: ids.member,
@@ -154,23 +154,6 @@ pub fn fit(log: &wal::Recovered, applied: u64) -> Result<(), Unfit> {
         return Err(Unfit::StoreOlder { applied, begin });
     }
     Ok(())
-}
-
-/// A member whose release is older than its cluster's does not start (C-34).
-fn check_version(members: &Members) -> anyhow::Result<()> {
-    let own: Version = ETCD_VERSION.parse()?;
-    let own = own.cluster_version();
-    let downgrade = members.downgrade();
-    let allowed = |version: Version| {
-        version <= own
-            || (downgrade.enabled && downgrade.target_version == own.to_string() && own.is_one_minor_below(version))
-    };
-    match members.cluster_version() {
-        Some(version) if !allowed(version) => bail!(
-            "invalid downgrade; server version is lower than determined cluster version: this is {own}, the cluster is at {version}"
-        ),
-        _ => Ok(()),
-    }
 }
 
 /// Makes this member's data a cluster of its own: entries that were never committed go, then come changes that remove all

@@ -220,6 +220,7 @@ pub fn install(
     let name = dir.current()?.context("CURRENT was just written")?;
     let new = Arc::new(FjallStorage::open(&dir.path(&name), &Options::default())?);
     let mut core = apply::Core::open(new.clone(), settings.clone())?;
+    core.members().check_release(settings.release)?;
     anyhow::ensure!(core.applied_index() == install.index, "the store is of index {}", core.applied_index());
     // Last: readers of the view before it find rows gone from now on, and go on when the new view is out.
     let old = in_use.replace(new);

@@ -15,7 +15,7 @@ use super::{
     bbolt::{Layout, Writer},
 };
 use crate::{
-    cluster::{Members, Version},
+    cluster::Members,
     pb::raftpb::ConfState,
     storage::{self, Bucket, Snapshot, Storage},
 };
@@ -29,8 +29,6 @@ pub(super) const CONF_STATE: &[u8] = b"confState";
 /// Meta row: the version of the file's layout.
 pub(super) const STORAGE_VERSION: &[u8] = b"storageVersion";
 
-/// The first version that says so in the file.
-const FIRST_STORAGE_VERSION: Version = Version::new(3, 6, 0);
 /// Rows between two looks whether somebody still waits.
 const ROWS_BETWEEN_LOOKS: u32 = 1 << 12;
 
@@ -52,7 +50,7 @@ impl Export {
             true
         })?;
         meta.insert(CONF_STATE.to_vec(), conf_state_json(&members.conf_state()).into());
-        match storage_version(&members) {
+        match members.storage_version() {
             Some(version) => meta.insert(STORAGE_VERSION.to_vec(), version.to_string().into()),
             None => meta.remove(STORAGE_VERSION),
         };
@@ -76,7 +74,7 @@ impl Export {
 
     /// As `storageVersion` has it; empty for a cluster below 3.6 or of undecided version.
     pub fn version(&self) -> String {
-        storage_version(&self.members).map_or_else(String::new, |version| version.to_string())
+        self.members.storage_version().map_or_else(String::new, |version| version.to_string())
     }
 
     /// Looks at all rows to find the file's length. Ends early when `is_wanted` says no.
@@ -116,11 +114,6 @@ impl Export {
         let row = self.meta.get(key).and_then(|row| row.as_ref().try_into().ok());
         row.map_or(0, u64::from_be_bytes)
     }
-}
-
-/// The layout is that of the cluster's version, so that each of its members can read it.
-fn storage_version(members: &Members) -> Option<Version> {
-    members.cluster_version().filter(|version| *version >= FIRST_STORAGE_VERSION)
 }
 
 fn conf_state_json(state: &ConfState) -> Vec<u8> {

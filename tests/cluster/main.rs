@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod corruption;
+mod disaster;
 mod history;
 mod load;
 mod members;

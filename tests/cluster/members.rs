@@ -102,7 +102,7 @@ impl Member {
         self.child.is_some()
     }
 
-    fn start(&mut self) {
+    pub fn start(&mut self) {
         assert!(self.child.is_none(), "{} runs", self.name);
         let log = File::options().create(true).append(true).open(self.log_path()).expect("the log file opens");
         let client = self.endpoint();
@@ -129,6 +129,11 @@ impl Member {
 
     pub fn data_dir(&self) -> PathBuf {
         self.folder.path().join("data")
+    }
+
+    /// Starts with this flag, too, from now on.
+    pub fn add_flag(&mut self, flag: &str) {
+        self.flags.push(flag.to_owned());
     }
 
     /// Starts without this flag from now on.
@@ -176,11 +181,14 @@ impl Member {
         self.until_ended().await;
     }
 
-    /// Waits until the process has ended by itself.
-    pub async fn until_ended(&mut self) {
+    /// Waits until the process has ended by itself. Answers the exit code.
+    pub async fn until_ended(&mut self) -> Option<i32> {
         let mut child = self.child.take().expect("it runs");
         let deadline = Instant::now() + PATIENCE;
-        while child.try_wait().expect("our own child").is_none() {
+        loop {
+            if let Some(status) = child.try_wait().expect("our own child") {
+                return status.code();
+            }
             if Instant::now() > deadline {
                 let _ = child.kill();
                 panic!("{} does not end", self.name);
@@ -218,9 +226,16 @@ impl Cluster {
 
     /// As `start`, of another program.
     pub async fn start_of(program: PathBuf, n: usize, flags: &[&str]) -> Self {
+        Self::start_of_each(&vec![program; n], flags).await
+    }
+
+    /// A new cluster with one member of each program.
+    pub async fn start_of_each(programs: &[PathBuf], flags: &[&str]) -> Self {
         let flags = flags.iter().map(|flag| (*flag).to_owned()).collect();
+        let program = PathBuf::new();
         let mut cluster = Self { members: Vec::new(), network: Network::default(), flags, program, named: 0 };
-        for _ in 0..n {
+        for program in programs {
+            cluster.program.clone_from(program);
             cluster.push();
         }
         let urls: Vec<String> = cluster.members.iter().map(Member::named_url).collect();
@@ -309,7 +324,10 @@ impl Cluster {
         let id = self.members[which].id;
         let deadline = Instant::now() + PATIENCE;
         loop {
-            match self.members[by].client().cluster.member_promote(MemberPromoteRequest { id }).await {
+            let mut request = tonic::Request::new(MemberPromoteRequest { id });
+            // Goes on to the leader, and without auth means nothing to it.
+            request.metadata_mut().insert("token", "abc.1".parse().expect("a token"));
+            match self.members[by].client().cluster.member_promote(request).await {
                 Ok(_) => return,
                 Err(e) if Instant::now() < deadline && e.message().contains("in sync") => {
                     tokio::time::sleep(STEP).await;
@@ -319,8 +337,8 @@ impl Cluster {
         }
     }
 
-    /// Removes the member; its process is expected to end by itself if it runs.
-    pub async fn remove(&mut self, by: usize, which: usize) {
+    /// Removes the member and gives back what is left of it; its process is expected to end by itself if it runs (C-17).
+    pub async fn remove(&mut self, by: usize, which: usize) -> Member {
         let id = self.members[which].id;
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -334,8 +352,9 @@ impl Cluster {
         }
         let mut member = self.members.remove(which);
         if member.is_running() {
-            member.until_ended().await;
+            assert_eq!(member.until_ended().await, Some(0), "{} ends of itself", member.name);
         }
+        member
     }
 
     /// Waits until every member has applied the same and answers the same hash.

@@ -106,6 +106,8 @@ fn downgrades_follow_their_rules() {
         let valid = client.downgrade(ask(validate, "3.6.9")).await.expect("one minor lower").into_inner();
         assert_eq!(valid.version, "3.7");
         client.downgrade(ask(cancel, "")).await.expect("also without a job");
+        assert_eq!(client.status(StatusRequest {}).await.expect("a status").into_inner().storage_version, "3.7.0");
+        let before = client.hash_kv(HashKvRequest { revision: 0 }).await.expect("a hash").into_inner();
         client.downgrade(ask(enable, "3.6")).await.expect("one minor lower");
         let text = "etcdserver: cluster has a downgrade job in progress";
         // The cluster's version goes down at the monitor's next look, and then the target is wrong.
@@ -118,6 +120,14 @@ fn downgrades_follow_their_rules() {
         let info = info.expect("it is told");
         assert!(info.enabled);
         assert_eq!(info.target_version, "3.6.0");
+        // The storage's version follows the cluster's (C-36), and rows are hashed as before.
+        let deadline = Instant::now() + PATIENCE;
+        while client.status(StatusRequest {}).await.expect("a status").into_inner().storage_version != "3.6.0" {
+            assert!(Instant::now() < deadline, "the version does not come down");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        let after = client.hash_kv(HashKvRequest { revision: 0 }).await.expect("a hash").into_inner();
+        assert_eq!((after.hash, after.hash_revision), (before.hash, before.hash_revision));
         // It survives a restart, and is called off.
         cluster.members[0].kill();
         cluster.restart(0);
@@ -194,6 +204,45 @@ fn learners_answer_little_until_they_are_promoted() {
 }
 
 #[test]
+fn removed_members_end_and_do_not_start_again() {
+    // C-16, C-17
+    run(|| async {
+        let mut cluster = Cluster::start(4, &[]).await;
+        for case in ["a follower", "a follower that is down", "the leader"] {
+            println!("{case} is removed");
+            let leader = cluster.until_led().await;
+            let follower = (leader + 1) % cluster.members.len();
+            let (by, which) = if case == "the leader" { (follower, leader) } else { (leader, follower) };
+            if case == "a follower that is down" {
+                cluster.members[which].kill();
+            }
+            let ran = cluster.members[which].is_running();
+            let mut removed = cluster.remove(by, which).await;
+            let log = removed.log();
+            for words in [
+                r#""msg":"server error","error":"the member has been permanently removed from the cluster""#,
+                r#""msg":"data-dir used by this member must be removed""#,
+            ] {
+                assert_eq!(log.contains(words), ran, "{words} in:\n{log}");
+            }
+            // Also where the others have to tell it.
+            removed.start();
+            assert_eq!(removed.until_ended().await, Some(1));
+            let log = removed.log();
+            let last = log.lines().last().expect("a line");
+            assert!(last.contains(r#""level":"fatal""#), "{last}");
+            assert!(last.contains("the member has been permanently removed from the cluster"), "{last}");
+            cluster.until_led().await;
+            let term = cluster.term().await;
+            let put = PutRequest { key: "k".into(), ..Default::default() };
+            cluster.members[0].client().kv.put(put).await.expect("the others go on");
+            cluster.until_equal().await;
+            assert_eq!(cluster.term().await, term, "nobody is disturbed");
+        }
+    });
+}
+
+#[test]
 fn members_without_quorum_say_so() {
     // D-12, D-16, C-3, G-8
     run(|| async {
@@ -225,32 +274,5 @@ fn members_without_quorum_say_so() {
         while kv.range(range.clone()).await.is_err() {
             assert!(Instant::now() < deadline, "no service with two of three");
         }
-    });
-}
-
-#[test]
-fn removed_members_stop_and_stay_out() {
-    // C-16, C-17
-    run(|| async {
-        let mut cluster = Cluster::start(3, &[]).await;
-        let leader = cluster.until_led().await;
-        let id = cluster.members[leader].id;
-        let asked = (leader + 1) % 3;
-        let deadline = Instant::now() + PATIENCE;
-        while let Err(e) = cluster.members[asked].client().cluster.member_remove(MemberRemoveRequest { id }).await {
-            assert!(e.message().contains("unhealthy") && Instant::now() < deadline, "{e}");
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-        cluster.members[leader].until_ended().await;
-        cluster.restart(leader);
-        // It refuses to start on its old data.
-        cluster.members[leader].until_ended().await;
-        cluster.members.remove(leader);
-        cluster.until_led().await;
-        let term = cluster.term().await;
-        let mut kv = cluster.members[0].client().kv;
-        kv.put(PutRequest { key: "k".into(), ..Default::default() }).await.expect("two of two");
-        cluster.until_equal().await;
-        assert_eq!(cluster.term().await, term);
     });
 }

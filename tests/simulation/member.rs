@@ -147,6 +147,7 @@ impl Member {
             max_learners: 2,
             persist_lease_checkpoints: false,
             quota_bytes: None,
+            release: "3.7.0".parse().expect("a version"),
         };
         let core = apply::Core::open(in_use.clone(), settings.clone()).map_err(|e| e.to_string())?;
         server::fit(&found, core.applied_index()).map_err(|e| e.to_string())?;

@@ -170,6 +170,37 @@ fn urls_that_change_are_used() {
     });
 }
 
+#[test]
+fn requests_carry_the_member_s_present_urls() {
+    // C-18, C-19
+    run(async {
+        let a = Node::start(1).await;
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let b = crate::cluster::Member { id: 2, peer_urls: vec![url], ..Default::default() };
+        let mut told = a.member();
+        for urls in [vec![a.url.clone()], vec!["http://127.0.0.1:7".to_owned(), "http://127.0.0.1:8".to_owned()]] {
+            told.peer_urls = urls.clone();
+            a.transport.set_members(&[told.clone(), b.clone()]);
+            let expected = format!("x-peerurls: {}\r\n", urls.join(","));
+            let deadline = Instant::now() + Duration::from_secs(10);
+            loop {
+                // It dials again when this one ends.
+                let (mut socket, _) = listener.accept().await.unwrap();
+                let mut head = Vec::new();
+                while !head.ends_with(b"\r\n\r\n") {
+                    head.push(socket.read_u8().await.unwrap());
+                }
+                let head = String::from_utf8(head).unwrap().to_lowercase();
+                if head.contains(&expected) {
+                    break;
+                }
+                assert!(Instant::now() < deadline, "{expected} is not in {head}");
+            }
+        }
+    });
+}
+
 /// Dials a stream as member 2 and reads nothing.
 async fn dial_only(a: &Node, kind: &str) -> TcpStream {
     let mut socket = TcpStream::connect(a.url.trim_start_matches("http://")).await.unwrap();
