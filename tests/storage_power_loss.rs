@@ -1,9 +1,10 @@
 //! Power loss may drop or tear anything behind the last sync of the newest journal: the store opens all the same,
-//! to a prefix of whole batches that holds at least what was synced. Damage before that refuses.
+//! to a prefix of whole batches that holds at least what was synced. Damage before that refuses. The store in memory that the
+//! simulation uses keeps the same contract.
 //!
 //! `ACTD_TORTURE=1` tries every position instead of a sample.
 
-use actd::storage::{Bucket, FjallStorage, Options, Storage, WriteBatch};
+use actd::storage::{Bucket, FjallStorage, MemStorage, Options, Storage, WriteBatch};
 use std::fs::{self, OpenOptions};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
@@ -39,14 +40,14 @@ fn row_value(n: u64, row: u64, bytes: usize) -> Vec<u8> {
     value
 }
 
-fn commit(store: &FjallStorage, batches: Range<u64>, value_bytes: usize) {
+fn commit(store: &dyn Storage, batches: Range<u64>, value_bytes: usize) {
     for n in batches {
         store.commit(batch(n, value_bytes)).unwrap();
     }
 }
 
 /// The number of batches the store shows; panics unless it shows exactly these.
-fn whole_batches(store: &FjallStorage, value_bytes: usize) -> u64 {
+fn whole_batches(store: &dyn Storage, value_bytes: usize) -> u64 {
     let last = store.get(Bucket::Meta, b"n").unwrap().map_or(0, |n| u64::from_be_bytes(n[..].try_into().unwrap()));
     let mut expected = (1..=last).flat_map(|n| (0..n % 4 + 1).map(move |row| (n, row)));
     let mut visit = |key: &[u8], value: bytes::Bytes| {
@@ -209,6 +210,24 @@ fn lost_pieces_leave_a_prefix(value_bytes: usize, batches: u64, trials: u64, reo
         crashed.opens_after(&what, |journal| {
             OpenOptions::new().write(true).open(journal).unwrap().set_len(piece.start + 77).unwrap();
         });
+    }
+}
+
+#[test]
+fn the_store_in_memory_leaves_a_prefix_that_holds_what_was_synced() {
+    for synced in 0..6 {
+        for keep in 0..6 {
+            let store = MemStorage::new();
+            commit(&store, 1..synced + 1, 40);
+            store.sync().unwrap();
+            commit(&store, synced + 1..10, 40);
+            store.crash(keep);
+            assert_eq!(whole_batches(&store, 40), (synced + keep as u64).min(9));
+            // And it goes on.
+            let left = whole_batches(&store, 40);
+            commit(&store, left + 1..12, 40);
+            assert_eq!(whole_batches(&store, 40), 11);
+        }
     }
 }
 

@@ -211,7 +211,9 @@ impl History {
 /// `at` stays, also if the same revision put the key again: a watch from `at` still sees it, and the lifetimes that
 /// the hash rule looks at do not depend on how far the clean-up is.
 fn stays(row: &Row, newest: bool, at: i64) -> bool {
-    if row.tombstone { row.revision.main == at && !sim::has(Bug::CompactionTakesDelete) } else { newest }
+    // Both of these need that deletions at the compaction's revision go.
+    let is_taken = sim::has(Bug::CompactionTakesDelete) || sim::has(Bug::RevisionGoesDown);
+    if row.tombstone { row.revision.main == at && !is_taken } else { newest }
 }
 
 /// The frozen `tail` together with the chunks before it that are not larger than what has been gathered.

@@ -15,6 +15,8 @@ pub const SECOND: u64 = 1_000_000;
 pub const TICK: u64 = 100 * MS;
 pub const ELECTION_TICKS: usize = 10;
 pub const ELECTION: u64 = ELECTION_TICKS as u64 * TICK;
+/// What a late message takes.
+pub const LATE: (u64, u64) = (300 * MS, 4 * SECOND);
 /// How long a server works on a request.
 pub const REQUEST_TIMEOUT: u64 = 5 * SECOND + 2 * ELECTION;
 
@@ -51,6 +53,8 @@ pub struct Config {
     pub latency: (u64, u64),
     pub loss: f64,
     pub repeat: f64,
+    /// Messages that take far longer than others, and what they take.
+    pub late: f64,
     /// Of a write with its sync.
     pub disk: (u64, u64),
     /// Of a batch in apply.
@@ -192,6 +196,7 @@ impl Plan {
             latency: span(rng, &[(100, 1 * MS), (MS, 10 * MS), (100, 60 * MS)]),
             loss: *[0.0, 0.0, 0.01, 0.1].choose(rng).expect("there are choices"),
             repeat: *[0.0, 0.0, 0.02, 0.1].choose(rng).expect("there are choices"),
+            late: *[0.0, 0.0, 0.002, 0.03].choose(rng).expect("there are choices"),
             disk: span(rng, &[(50, 500), (500, 5 * MS), (100, 40 * MS)]),
             apply: span(rng, &[(10, 100), (100, 3 * MS), (10, 30 * MS)]),
             batch: *[1, 3, 1_000].choose(rng).expect("there are choices"),

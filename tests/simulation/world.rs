@@ -32,7 +32,7 @@ use rand::{RngExt, SeedableRng, rngs::StdRng};
 use super::{
     client::{Client, Op},
     member::{Job, MIN_TTL, Member, Process},
-    plan::{Config, MS, Plan, SECOND, TICK},
+    plan::{Config, LATE, MS, Plan, SECOND, TICK},
     truth::Truth,
     watcher::Watcher,
 };
@@ -467,6 +467,7 @@ impl World {
             member.slow = (0, 0);
         }
         self.plan.config.repeat = 0.0;
+        self.plan.config.late = 0.0;
         // Clients take what is due in time for the last look.
         self.plan.config.take = (100, MS);
         for w in 0..self.watchers.len() {
@@ -508,7 +509,9 @@ impl World {
             let latency = self.draw(self.plan.config.latency) * 3;
             self.after(latency, Event::Message(to, Box::new(message.clone())));
         }
-        let latency = self.draw(self.plan.config.latency);
+        let late = self.plan.config.late;
+        let is_late = late > 0.0 && self.rng.random_bool(late);
+        let latency = self.draw(if is_late { LATE } else { self.plan.config.latency });
         self.after(latency, Event::Message(to, Box::new(message)));
     }
 
