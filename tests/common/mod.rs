@@ -4,6 +4,8 @@
 //! is tested. Not every user needs every helper, hence the `allow`.
 #![allow(dead_code)]
 
+pub mod calls;
+
 use std::{
     env,
     ffi::OsString,
