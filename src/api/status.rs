@@ -16,7 +16,7 @@ impl From<Error> for Status {
             Error::KeyNotFound | Error::RequestTooLarge => etcd(Code::InvalidArgument, &e.to_string()),
             Error::AlarmAction(_) => etcd(Code::InvalidArgument, &e.to_string()),
             Error::Member(Refusal::NotFound | Refusal::Removed) => etcd(Code::NotFound, &e.to_string()),
-            Error::Member(_) | Error::NotEnoughStarted | Error::LearnerNotReady | Error::NotLeader => {
+            Error::Member(_) | Error::LearnerNotReady | Error::NotLeader => {
                 etcd(Code::FailedPrecondition, &e.to_string())
             }
             Error::LeaseNotFound => etcd(Code::NotFound, &e.to_string()),
@@ -24,7 +24,7 @@ impl From<Error> for Status {
             Error::NoSpace => etcd(Code::ResourceExhausted, &e.to_string()),
             Error::Corrupt => etcd(Code::DataLoss, &e.to_string()),
             // G-2: etcd's own table misses these two, so they leave as Unknown.
-            Error::TooManyRequests => etcd(Code::Unknown, &e.to_string()),
+            Error::TooManyRequests | Error::NotEnoughStarted => etcd(Code::Unknown, &e.to_string()),
             Error::Timeout
             | Error::TimeoutLeaderFailed
             | Error::TimeoutConnectionLost
