@@ -8,7 +8,7 @@ use http::{HeaderMap, Request, Response};
 use tonic::{Code, Status, body::Body};
 use tower_service::Service;
 
-use super::{Handle, status};
+use super::{Handle, leader_watch::WhileLed, status};
 use crate::pb::{
     etcdserverpb::{
         auth_server::AuthServer, cluster_server::ClusterServer, kv_server::KvServer, lease_server::LeaseServer,
@@ -87,6 +87,7 @@ impl Routes {
             Ok(timeout) => timeout,
             Err(status) => return status.into_http(),
         };
+        let wants_leader = wants_leader(request.headers());
         let began = Instant::now();
         let counters = self.handle.server.metrics.rpcs.find(uri.path());
         if let Some(counters) = counters {
@@ -127,7 +128,12 @@ impl Routes {
                 tracing::warn!(method = uri.path(), ?took, expected_duration = ?expected, "request stats");
             }
         }
+        if !wants_leader || response.headers().contains_key("grpc-status") {
+            return response;
+        }
+        let server = &self.handle.server;
         response
+            .map(|body| Body::new(WhileLed::new(body, server.raft_status.clone(), server.settings.election_timeout)))
     }
 
     /// G-8, G-9.
@@ -140,7 +146,7 @@ impl Routes {
         {
             return Err(status::bad_api_version());
         }
-        if headers.get("hasleader").is_some_and(|v| v == "true") && self.handle.server.raft_status.read().leader == 0 {
+        if wants_leader(headers) && self.handle.server.raft_status.read().leader == 0 {
             return Err(status::no_leader());
         }
         Ok(())
@@ -172,6 +178,11 @@ impl Routes {
         }
         response
     }
+}
+
+/// G-9: only this value counts.
+fn wants_leader(headers: &HeaderMap) -> bool {
+    headers.get("hasleader").is_some_and(|v| v == "true")
 }
 
 /// The caller's own deadline wins over the server's (G-4). It ends the handler; what is in the log stays.
