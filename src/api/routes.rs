@@ -39,12 +39,9 @@ pub struct Routes {
 const LEARNER_MAY: [&str; 3] =
     ["/etcdserverpb.KV/Range", "/etcdserverpb.Maintenance/Status", "/etcdserverpb.Maintenance/Snapshot"];
 
-/// Beyond the largest request there is room for this much envelope (G-11).
-const ENVELOPE_BYTES: usize = 512 << 10;
-
 impl Routes {
     pub fn new(handle: Handle) -> Self {
-        let receive_max = handle.server.settings.max_request_bytes + ENVELOPE_BYTES;
+        let receive_max = status::receive_max(handle.server.settings.max_request_bytes);
         macro_rules! service {
             ($server:ident) => {
                 $server::new(handle.clone())
@@ -158,20 +155,12 @@ impl Routes {
             return response;
         }
         let Some(found) = Status::from_header_map(response.headers()) else { return response };
-        let limit = self.receive_max;
         let replaced = match (found.code(), found.message()) {
             // A method its service does not have: an empty answer.
             (Code::Unimplemented, "") => {
                 Some(Status::unimplemented(format!("unknown method {method} for service {service}")))
             }
-            (Code::OutOfRange, text) if text.starts_with("Error, decoded message length too large") => {
-                let size = text.split_whitespace().find_map(|word| word.parse::<usize>().ok()).unwrap_or(0);
-                Some(Status::resource_exhausted(format!("grpc: received message larger than max ({size} vs. {limit})")))
-            }
-            (Code::Internal, text) if text.contains("failed to decode Protobuf message") => {
-                Some(Status::internal(format!("grpc: error unmarshalling request: {text}")))
-            }
-            _ => None,
+            _ => status::of_transport(&found, "grpc: error unmarshalling request", self.receive_max),
         };
         if let Some(status) = replaced {
             response = status.into_http();
