@@ -159,7 +159,7 @@ fn alarms_are_listed_raised_and_lifted() {
         assert_eq!(refusal(c.put(put("k", "v")).await), corrupt());
         assert_eq!(c.revision().await, 1);
     });
-    server.restart_with_alarms();
+    server.restart_unhealthy();
     block_on(async {
         let mut c = Client::connect(&server).await;
         // M-10: in force at once.

@@ -110,10 +110,22 @@ impl Server {
         self.wait_for("/health", r#""health":"true""#);
     }
 
-    /// As `restart`, for one that is not healthy, as it has alarms.
-    pub fn restart_with_alarms(&mut self) {
+    /// As `restart`, for one that answers but is not healthy: it has alarms, or is a learner.
+    pub fn restart_unhealthy(&mut self) {
         self.spawn();
         self.wait_for("/version", "etcdserver");
+    }
+
+    /// Starts the process as a new member `name` of a running cluster, and waits until it answers.
+    pub fn join(&mut self, name: &str, cluster: &str) {
+        // The last of equal flags wins.
+        let flags = [
+            format!("--name={name}"),
+            format!("--initial-cluster={cluster}"),
+            "--initial-cluster-state=existing".to_owned(),
+        ];
+        self.args.extend(flags.map(OsString::from));
+        self.restart_unhealthy();
     }
 
     fn spawn(&mut self) {
