@@ -339,6 +339,10 @@ fn duplicate_keys_are_refused_by_etcds_rules() {
             ("range and put", vec![span("a", "c").op(), p("a"), get("a").op()]),
             ("put at an interval's end", vec![ds("a", "c"), p("c")]),
             ("then and else of one", vec![t(vec![p("a")], vec![p("a")])]),
+            ("put in then, delete in else", vec![t(vec![p("a")], vec![d("a")])]),
+            ("interval without keys", vec![ds("c", "a"), p("b"), p("c")]),
+            ("put behind a deleted key", vec![d("a"), p("a\0")]),
+            ("three levels", vec![t(vec![t(vec![p("a")], vec![d("a")])], vec![p("a")]), p("b")]),
             ("nested deletes", vec![t(vec![d("a")], vec![ds("a", "c")]), d("a")]),
             // KV-64
             ("sibling puts, then sibling deletes", vec![t(vec![p("a")], vec![]), t(vec![d("a")], vec![])]),
