@@ -342,7 +342,9 @@ fn pinned_reads_show_the_state_after_that_revision() {
         c.delete(delete("a")).await.expect("a delete");
         c.set("a", "3").await;
         // KV-13, KV-14: content and metadata of that time; KV-7, KV-27: the header is of now.
-        let cases: [(i64, &[(&str, &str, i64, i64)]); 5] = [
+        // Key, value, create revision and version at a revision.
+        type Seen = (&'static str, &'static str, i64, i64);
+        let cases: [(i64, &[Seen]); 5] = [
             (1, &[]),
             (2, &[("a", "1", 2, 1)]),
             (3, &[("a", "2", 2, 2), ("b", "1", 3, 1)]),
