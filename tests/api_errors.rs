@@ -469,6 +469,18 @@ async fn without_leader(seen: &mut Provoked) {
     request.metadata_mut().insert("hasleader", "true".parse().expect("a value"));
     seen.note("etcdserver: no leader", c.kv.range(request).await);
     c.range(RangeRequest { serializable: true, ..get("k") }).await.expect("without that metadata it is served");
+    // G-9
+    for value in ["false", "TRUE", "1", ""] {
+        let mut request = Request::new(RangeRequest { serializable: true, ..get("k") });
+        request.metadata_mut().insert("hasleader", value.parse().expect("a value"));
+        c.kv.range(request).await.expect("only `true` counts");
+    }
+    // G-4: the caller's own deadline comes before the server's.
+    let asked = Instant::now();
+    let headers = [("content-type", "application/grpc"), ("grpc-timeout", "300m")];
+    let in_time = raw(&server, "/etcdserverpb.KV/Put", &headers, b"\0\0\0\0\x03\x0a\x01k").await;
+    seen.note("context deadline exceeded", in_time);
+    assert!(asked.elapsed() < Duration::from_secs(5), "{:?}", asked.elapsed());
     let transfer = MoveLeaderRequest { target_id: 5 };
     seen.note("etcdserver: not leader", c.maintenance.move_leader(transfer).await);
     seen.note("etcdserver: unhealthy cluster", c.cluster.member_add(add("http://127.0.0.1:2", true)).await);
