@@ -7,7 +7,7 @@ use tokio::sync::oneshot;
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Handle, Server, kv::OTHER_KIND};
+use super::{Handle, Server, kv::OTHER_KIND, status};
 use crate::{
     apply::{self, Error},
     lease::actor::{Ask, Renewed},
@@ -193,7 +193,10 @@ impl Lease for Handle {
                 let req = match requests.message().await {
                     Ok(Some(req)) => req,
                     Ok(None) => return None,
-                    Err(status) => return Some((Err(status), None)),
+                    Err(e) => {
+                        let max_request_bytes = handle.server.settings.max_request_bytes;
+                        return Some((Err(status::of_stream(e, max_request_bytes)), None));
+                    }
                 };
                 // The header is filled before the renewal (L-13).
                 let header = Some(handle.server.header_of(&handle.server.view.load()));

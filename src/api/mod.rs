@@ -3,6 +3,7 @@
 pub mod cluster;
 pub mod health;
 pub mod kv;
+mod leader_watch;
 pub mod lease;
 pub mod maintenance;
 mod routes;

@@ -8,7 +8,7 @@ use http::{HeaderMap, Request, Response};
 use tonic::{Code, Status, body::Body};
 use tower_service::Service;
 
-use super::{Handle, status};
+use super::{Handle, leader_watch::WhileLed, status};
 use crate::pb::{
     etcdserverpb::{
         auth_server::AuthServer, cluster_server::ClusterServer, kv_server::KvServer, lease_server::LeaseServer,
@@ -39,12 +39,9 @@ pub struct Routes {
 const LEARNER_MAY: [&str; 3] =
     ["/etcdserverpb.KV/Range", "/etcdserverpb.Maintenance/Status", "/etcdserverpb.Maintenance/Snapshot"];
 
-/// Beyond the largest request there is room for this much envelope (G-11).
-const ENVELOPE_BYTES: usize = 512 << 10;
-
 impl Routes {
     pub fn new(handle: Handle) -> Self {
-        let receive_max = handle.server.settings.max_request_bytes + ENVELOPE_BYTES;
+        let receive_max = status::receive_max(handle.server.settings.max_request_bytes);
         macro_rules! service {
             ($server:ident) => {
                 $server::new(handle.clone())
@@ -87,6 +84,7 @@ impl Routes {
             Ok(timeout) => timeout,
             Err(status) => return status.into_http(),
         };
+        let wants_leader = wants_leader(request.headers());
         let began = Instant::now();
         let counters = self.handle.server.metrics.rpcs.find(uri.path());
         if let Some(counters) = counters {
@@ -127,7 +125,12 @@ impl Routes {
                 tracing::warn!(method = uri.path(), ?took, expected_duration = ?expected, "request stats");
             }
         }
+        if !wants_leader || response.headers().contains_key("grpc-status") {
+            return response;
+        }
+        let server = &self.handle.server;
         response
+            .map(|body| Body::new(WhileLed::new(body, server.raft_status.clone(), server.settings.election_timeout)))
     }
 
     /// G-8, G-9.
@@ -140,7 +143,7 @@ impl Routes {
         {
             return Err(status::bad_api_version());
         }
-        if headers.get("hasleader").is_some_and(|v| v == "true") && self.handle.server.raft_status.read().leader == 0 {
+        if wants_leader(headers) && self.handle.server.raft_status.read().leader == 0 {
             return Err(status::no_leader());
         }
         Ok(())
@@ -152,26 +155,23 @@ impl Routes {
             return response;
         }
         let Some(found) = Status::from_header_map(response.headers()) else { return response };
-        let limit = self.receive_max;
         let replaced = match (found.code(), found.message()) {
             // A method its service does not have: an empty answer.
             (Code::Unimplemented, "") => {
                 Some(Status::unimplemented(format!("unknown method {method} for service {service}")))
             }
-            (Code::OutOfRange, text) if text.starts_with("Error, decoded message length too large") => {
-                let size = text.split_whitespace().find_map(|word| word.parse::<usize>().ok()).unwrap_or(0);
-                Some(Status::resource_exhausted(format!("grpc: received message larger than max ({size} vs. {limit})")))
-            }
-            (Code::Internal, text) if text.contains("failed to decode Protobuf message") => {
-                Some(Status::internal(format!("grpc: error unmarshalling request: {text}")))
-            }
-            _ => None,
+            _ => status::of_transport(&found, "grpc: error unmarshalling request", self.receive_max),
         };
         if let Some(status) = replaced {
             response = status.into_http();
         }
         response
     }
+}
+
+/// G-9: only this value counts.
+fn wants_leader(headers: &HeaderMap) -> bool {
+    headers.get("hasleader").is_some_and(|v| v == "true")
 }
 
 /// The caller's own deadline wins over the server's (G-4). It ends the handler; what is in the log stays.

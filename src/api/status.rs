@@ -16,7 +16,7 @@ impl From<Error> for Status {
             Error::KeyNotFound | Error::RequestTooLarge => etcd(Code::InvalidArgument, &e.to_string()),
             Error::AlarmAction(_) => etcd(Code::InvalidArgument, &e.to_string()),
             Error::Member(Refusal::NotFound | Refusal::Removed) => etcd(Code::NotFound, &e.to_string()),
-            Error::Member(_) | Error::NotEnoughStarted | Error::LearnerNotReady | Error::NotLeader => {
+            Error::Member(_) | Error::LearnerNotReady | Error::NotLeader => {
                 etcd(Code::FailedPrecondition, &e.to_string())
             }
             Error::LeaseNotFound => etcd(Code::NotFound, &e.to_string()),
@@ -24,7 +24,7 @@ impl From<Error> for Status {
             Error::NoSpace => etcd(Code::ResourceExhausted, &e.to_string()),
             Error::Corrupt => etcd(Code::DataLoss, &e.to_string()),
             // G-2: etcd's own table misses these two, so they leave as Unknown.
-            Error::TooManyRequests => etcd(Code::Unknown, &e.to_string()),
+            Error::TooManyRequests | Error::NotEnoughStarted => etcd(Code::Unknown, &e.to_string()),
             Error::Timeout
             | Error::TimeoutLeaderFailed
             | Error::TimeoutConnectionLost
@@ -45,6 +45,32 @@ impl From<mvcc::Error> for Status {
     fn from(e: mvcc::Error) -> Status {
         Error::from(e).into()
     }
+}
+
+/// A failure of the transport in the words of etcd's gRPC library, which tells a bad request from a bad message of a
+/// stream by the beginning. `None`: not one of the transport.
+pub fn of_transport(found: &Status, bad_message: &str, limit: usize) -> Option<Status> {
+    match (found.code(), found.message()) {
+        (Code::OutOfRange, text) if text.starts_with("Error, decoded message length too large") => {
+            let size = text.split_whitespace().find_map(|word| word.parse::<usize>().ok()).unwrap_or(0);
+            Some(Status::resource_exhausted(format!("grpc: received message larger than max ({size} vs. {limit})")))
+        }
+        (Code::Internal, text) if text.contains("failed to decode Protobuf message") => {
+            Some(Status::internal(format!("{bad_message}: {text}")))
+        }
+        _ => None,
+    }
+}
+
+/// Why a stream of requests cannot be read on.
+pub fn of_stream(found: Status, max_request_bytes: usize) -> Status {
+    let limit = receive_max(max_request_bytes);
+    of_transport(&found, "grpc: failed to unmarshal the received message", limit).unwrap_or(found)
+}
+
+/// The largest message taken: beyond the largest request there is room for its envelope (G-11).
+pub fn receive_max(max_request_bytes: usize) -> usize {
+    max_request_bytes + (512 << 10)
 }
 
 macro_rules! statuses {

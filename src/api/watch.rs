@@ -16,6 +16,7 @@ impl Watch for Handle {
         let Some((to_hub, responses)) = self.watch.open().await else {
             return Err(crate::apply::Error::Stopped.into());
         };
+        let max_request_bytes = self.server.settings.max_request_bytes;
         let mut requests = request.into_inner();
         tokio::spawn(async move {
             loop {
@@ -30,7 +31,7 @@ impl Watch for Handle {
                         // Half-closed: events go on (W-11), until the client goes.
                         Ok(None) => return to_hub.closed().await,
                         Err(e) if e.code() == tonic::Code::Cancelled => return to_hub.end(status::watch_canceled()),
-                        Err(e) => return to_hub.end(e),
+                        Err(e) => return to_hub.end(status::of_stream(e, max_request_bytes)),
                     },
                     () = to_hub.closed() => return,
                 }

@@ -174,6 +174,10 @@ where
     S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin + 'static,
 {
     let mut builder = auto::Builder::new(TokioExecutor::new());
+    if serves == Serves::Grpc {
+        // Nothing of HTTP/1 has a meaning here: the connection ends.
+        builder = builder.http2_only();
+    }
     builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_READ_MAX);
     let streams = (limits.max_concurrent_streams != u32::MAX).then_some(limits.max_concurrent_streams);
     builder

@@ -4,6 +4,8 @@
 //! is tested. Not every user needs every helper, hence the `allow`.
 #![allow(dead_code)]
 
+pub mod calls;
+
 use std::{
     env,
     ffi::OsString,
@@ -104,6 +106,29 @@ impl Server {
 
     /// Starts the process again on its old data and waits until it is healthy.
     pub fn restart(&mut self) {
+        self.spawn();
+        self.wait_for("/health", r#""health":"true""#);
+    }
+
+    /// As `restart`, for one that answers but is not healthy: it has alarms, or is a learner.
+    pub fn restart_unhealthy(&mut self) {
+        self.spawn();
+        self.wait_for("/version", "etcdserver");
+    }
+
+    /// Starts the process as a new member `name` of a running cluster, and waits until it answers.
+    pub fn join(&mut self, name: &str, cluster: &str) {
+        // The last of equal flags wins.
+        let flags = [
+            format!("--name={name}"),
+            format!("--initial-cluster={cluster}"),
+            "--initial-cluster-state=existing".to_owned(),
+        ];
+        self.args.extend(flags.map(OsString::from));
+        self.restart_unhealthy();
+    }
+
+    fn spawn(&mut self) {
         self.kill();
         let log = File::options().create(true).append(true).open(self.log_path()).expect("the log file opens");
         let child = Command::new(&self.program)
@@ -115,7 +140,6 @@ impl Server {
             .spawn()
             .unwrap_or_else(|error| panic!("{} does not start: {error}", self.program.display()));
         self.child = Some(child);
-        self.wait_until_healthy();
     }
 
     pub fn endpoint(&self) -> String {
@@ -187,10 +211,10 @@ impl Server {
         self.folder.path().join("stderr.log")
     }
 
-    fn wait_until_healthy(&mut self) {
+    fn wait_for(&mut self, path: &str, text: &str) {
         let deadline = Instant::now() + READY_WITHIN;
         loop {
-            if http_get(self.client_port, "/health").is_some_and(|body| body.contains(r#""health":"true""#)) {
+            if http_get(self.client_port, path).is_some_and(|body| body.contains(text)) {
                 return;
             }
             let child = self.child.as_mut().expect("just started");
