@@ -146,13 +146,15 @@ impl Model {
     }
 
     fn check(&self, runs: &[Request]) -> Outcome<()> {
+        let mut kept = self.now().clone();
         for run in runs {
             match run {
+                Request::RequestDeleteRange(req) => kept.retain(|key, _| !in_range(key, &req.key, &req.range_end)),
                 Request::RequestPut(put) => {
                     if put.lease != 0 && !self.known_leases.contains(&put.lease) {
                         return Err("lease");
                     }
-                    if (put.ignore_value || put.ignore_lease) && !self.now().contains_key(&put.key) {
+                    if (put.ignore_value || put.ignore_lease) && !kept.contains_key(&put.key) {
                         return Err("key");
                     }
                 }

@@ -85,7 +85,7 @@ impl Store {
         let rows = self.rows();
         let state = self.state(self.revision, &rows);
         let branch = Branch::select(&state, req)?;
-        self.check(&state, req, &branch, leases)?;
+        self.check(&state, req, &branch, leases, &mut Vec::new())?;
 
         let mut write = self.begin();
         let mut response = self.execute(&mut write, req, &branch, leases)?;
@@ -94,17 +94,33 @@ impl Store {
         Ok(response)
     }
 
-    /// Whether every operation that will run can run, judged by the state before the transaction.
-    fn check(&self, state: &State<'_>, req: &TxnRequest, branch: &Branch, leases: &dyn Leases) -> Result<(), Error> {
+    /// Whether every operation that will run can run, judged by the state before the transaction. `deleted` is what
+    /// the operations before these delete: a put that keeps a part of its record cannot have it from there. Structure
+    /// checks refuse such pairs before they are replicated, but for deletes from a key on (KV-65).
+    fn check<'r>(
+        &self,
+        state: &State<'_>,
+        req: &'r TxnRequest,
+        branch: &Branch,
+        leases: &dyn Leases,
+        deleted: &mut Vec<KeyRange<'r>>,
+    ) -> Result<(), Error> {
         let mut nested = branch.nested.iter();
         for op in branch.ops(req) {
             match &op.request {
                 Some(Request::RequestRange(range)) => check_range(state, range)?,
-                Some(Request::RequestPut(put)) => self.check_put(put, leases)?,
-                Some(Request::RequestTxn(txn)) => {
-                    self.check(state, txn, nested.next().expect("one for each nested transaction"), leases)?;
+                Some(Request::RequestPut(put)) => {
+                    self.check_put(put, leases)?;
+                    if (put.ignore_value || put.ignore_lease) && deleted.iter().any(|range| range.contains(&put.key)) {
+                        return Err(Error::KeyNotFound);
+                    }
                 }
-                Some(Request::RequestDeleteRange(_)) | None => {}
+                Some(Request::RequestTxn(txn)) => {
+                    let branch = nested.next().expect("one for each nested transaction");
+                    self.check(state, txn, branch, leases, deleted)?;
+                }
+                Some(Request::RequestDeleteRange(r)) => deleted.push(KeyRange::new(&r.key, &r.range_end)),
+                None => {}
             }
         }
         Ok(())
