@@ -58,6 +58,9 @@ const LEASE_ASKS_MAX: usize = 10_000;
 const CATCH_UP_BYTES_MAX: usize = 64 << 20;
 /// Reads that wait for a round; each is small.
 const READS_MAX: usize = 20_000;
+/// Long answers: pieces in memory, of 1 MiB each, and answers made whole. A larger one of these goes alone.
+const ANSWER_PIECES_MAX: usize = 64 << 20;
+const ANSWERS_WHOLE_MAX: usize = 64 << 20;
 /// Messages of other members that wait for raft. What has no room is dropped: raft sends again.
 const PEER_MESSAGES_MAX: usize = 8_192;
 const PEER_MESSAGE_BYTES_MAX: usize = 64 << 20;
@@ -137,7 +140,10 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
     }
     let reads = Gate::new("reads", READS_MAX, READS_MAX);
     let peer_messages = Gate::new("peer_messages", PEER_MESSAGES_MAX, PEER_MESSAGE_BYTES_MAX);
-    for gate in [&gate, &reads, &peer_messages] {
+    // Bounded by their bytes alone.
+    let answer_pieces = Gate::new("answer_pieces", ANSWER_PIECES_MAX, ANSWER_PIECES_MAX);
+    let answers_whole = Gate::new("answers_whole", ANSWERS_WHOLE_MAX, ANSWERS_WHOLE_MAX);
+    for gate in [&gate, &reads, &peer_messages, &answer_pieces, &answers_whole] {
         registry.add_gate(gate);
     }
 
@@ -166,6 +172,8 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
         leases: lease_tx.clone(),
         gate,
         reads,
+        answer_pieces,
+        answers_whole,
         registry: registry.clone(),
         metrics: metrics.clone(),
         started_unix_ms: unix_ms(),

@@ -4,6 +4,7 @@ pub mod cluster;
 pub mod health;
 pub mod kv;
 pub mod lease;
+mod long;
 pub mod maintenance;
 mod routes;
 pub mod status;
@@ -76,6 +77,10 @@ pub struct Server {
     pub gate: Gate,
     /// Admission of reads that need a round.
     pub reads: Gate,
+    /// Memory for the pieces of long answers.
+    pub answer_pieces: Gate,
+    /// Memory for long answers that are made whole.
+    pub answers_whole: Gate,
     pub registry: Registry,
     pub metrics: Metrics,
     links: OnceLock<Arc<dyn Links>>,
@@ -106,6 +111,10 @@ pub struct Parts {
     pub leases: Sender<LeaseAsk, LeaseControl>,
     pub gate: Gate,
     pub reads: Gate,
+    /// Memory for the pieces of long answers.
+    pub answer_pieces: Gate,
+    /// Memory for long answers that are made whole.
+    pub answers_whole: Gate,
     pub registry: Registry,
     pub metrics: Metrics,
     /// Unix milliseconds at start, the seed of request ids.
@@ -124,6 +133,8 @@ impl Server {
             leases: parts.leases,
             gate: parts.gate,
             reads: parts.reads,
+            answer_pieces: parts.answer_pieces,
+            answers_whole: parts.answers_whole,
             registry: parts.registry,
             metrics: parts.metrics,
             links: OnceLock::new(),

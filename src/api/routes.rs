@@ -8,7 +8,7 @@ use http::{HeaderMap, Request, Response};
 use tonic::{Code, Status, body::Body};
 use tower_service::Service;
 
-use super::{Handle, status};
+use super::{Handle, long, status};
 use crate::pb::{
     etcdserverpb::{
         auth_server::AuthServer, cluster_server::ClusterServer, kv_server::KvServer, lease_server::LeaseServer,
@@ -71,7 +71,7 @@ impl Routes {
         &self.handle
     }
 
-    pub async fn call<B>(&self, request: Request<B>) -> Response<Body>
+    pub async fn call<B>(&self, mut request: Request<B>) -> Response<Body>
     where
         B: http_body::Body<Data = bytes::Bytes> + Send + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>> + Send,
@@ -92,6 +92,7 @@ impl Routes {
         if let Some(counters) = counters {
             counters.started.fetch_add(1, Ordering::Relaxed);
         }
+        long::mark(&mut request);
         macro_rules! dispatch {
             ($($name:literal => $field:ident,)*) => {
                 match service {
@@ -114,7 +115,7 @@ impl Routes {
             "v3electionpb.Election" => election,
             "grpc.health.v1.Health" => health,
         };
-        let response = self.transport_texts(response, service, method);
+        let response = long::finish(self.transport_texts(response, service, method));
         if let Some(counters) = counters {
             // An error is in the head of the answer; a unary answer without one is a success.
             match Status::from_header_map(response.headers()) {

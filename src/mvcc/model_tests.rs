@@ -38,6 +38,7 @@ fn name(err: Error) -> &'static str {
         Error::LeaseNotFound => "lease",
         Error::KeyNotFound => "key",
         Error::ViewOutdated => "outdated",
+        Error::TooLong => "too long",
         Error::Storage(err) => panic!("{err}"),
     }
 }

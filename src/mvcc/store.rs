@@ -277,7 +277,7 @@ impl Store {
 
     /// What a reader inside a write sees.
     pub(super) fn state<'a>(&'a self, revision: i64, rows: &'a WriterRows<'a>) -> State<'a> {
-        State { index: &self.index, rows, revision, compact_revision: self.compact_revision }
+        State::new(&self.index, rows, revision, self.compact_revision)
     }
 
     pub(super) fn check_put(&self, req: &PutRequest, leases: &dyn Leases) -> Result<(), Error> {

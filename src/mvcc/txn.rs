@@ -7,7 +7,7 @@ use super::{
     KeyRange,
     error::Error,
     index::KeyMeta,
-    range::{State, StorageRows, decode, header},
+    range::{self, Bounds, State, StorageRows, decode, header},
     store::{Leases, Store, Write},
     view::View,
 };
@@ -29,13 +29,38 @@ pub fn is_read_only(req: &TxnRequest) -> bool {
 
 /// Answers a read-only transaction from a view. The header carries the revision only.
 pub fn txn_read_only(view: &View, storage: &dyn Storage, req: &TxnRequest) -> Result<TxnResponse, Error> {
+    read_only(&State::of(view, &StorageRows(storage)), req)
+}
+
+/// As [`txn_read_only`], but fails with [`Error::TooLong`] instead of reading more than `bounds`.
+pub fn txn_read_only_within(
+    view: &View,
+    storage: &dyn Storage,
+    bounds: Bounds,
+    req: &TxnRequest,
+) -> Result<TxnResponse, Error> {
+    read_only(&State::of(view, &StorageRows(storage)).within(bounds), req)
+}
+
+/// About how many bytes [`txn_read_only`] holds while it makes its answer, whichever branch it takes.
+pub fn weight(view: &View, req: &TxnRequest) -> usize {
+    let branch = |ops: &[RequestOp]| -> usize {
+        ops.iter()
+            .map(|op| match &op.request {
+                Some(Request::RequestRange(req)) => range::weight(view, req),
+                _ => 0,
+            })
+            .sum()
+    };
+    branch(&req.success).max(branch(&req.failure))
+}
+
+fn read_only(state: &State<'_>, req: &TxnRequest) -> Result<TxnResponse, Error> {
     debug_assert!(is_read_only(req));
-    let rows = StorageRows(storage);
-    let state = State::of(view, &rows);
-    let branch = Branch::select(&state, req)?;
+    let branch = Branch::select(state, req)?;
     for op in branch.ops(req) {
         if let Some(Request::RequestRange(range)) = &op.request {
-            check_range(&state, range)?;
+            check_range(state, range)?;
         }
     }
     let mut responses = Vec::new();
@@ -44,7 +69,7 @@ pub fn txn_read_only(view: &View, storage: &dyn Storage, req: &TxnRequest) -> Re
             responses.push(ResponseOp { response: Some(Response::ResponseRange(state.range(range)?)) });
         }
     }
-    Ok(TxnResponse { header: header(view.revision), succeeded: branch.succeeded, responses })
+    Ok(TxnResponse { header: header(state.revision), succeeded: branch.succeeded, responses })
 }
 
 /// What a request counts against the space quota before it is applied; 0 always passes.
@@ -207,10 +232,15 @@ fn holds(state: &State<'_>, compare: &Compare) -> Result<bool, Error> {
     if range.is_single() {
         metas.extend(state.index.get(&compare.key, i64::MAX));
     } else if !range.is_empty() {
+        let mut too_long = false;
         state.index.visit(range, i64::MAX, &mut |_, meta| {
             metas.push(meta);
-            true
+            too_long = !state.may_look(0);
+            !too_long
         });
+        if too_long {
+            return Err(Error::TooLong);
+        }
     }
     if metas.is_empty() {
         return Ok(compare.target != CompareTarget::Value as i32 && verdict(compare, 0.cmp(&number(compare))));
