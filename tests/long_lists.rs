@@ -235,6 +235,8 @@ async fn many_lists_at_once_share_a_bounded_memory() {
     let (bytes, count) = (alone.encoded_len(), alone.count);
     drop(alone);
     let before = memory(&server, "VmRSS");
+    let cpu = || server.metric("process_cpu_seconds_total").expect("CPU time");
+    let cpu_before = cpu();
 
     let began = Instant::now();
     let mut lists = Vec::new();
@@ -253,10 +255,11 @@ async fn many_lists_at_once_share_a_bounded_memory() {
     }
     let most = memory(&server, "VmHWM");
     println!(
-        "{LISTERS} lists of {list_mib} MiB ({count} keys): resident {} MiB before, {} MiB at most, {:?}",
+        "{LISTERS} lists of {list_mib} MiB ({count} keys): resident {} MiB before, {} MiB at most, {:.1?}, {:.1} s of CPU",
         before >> 10,
         most >> 10,
-        began.elapsed()
+        began.elapsed(),
+        cpu() - cpu_before,
     );
     assert!(most.saturating_sub(before) < MAY_GROW_MIB << 10, "grew from {before} KiB to {most} KiB");
 }

@@ -701,6 +701,7 @@ impl Run {
         let storage = &*self.world.storage;
         let mut cursor = RangeCursor::new(view, storage, req).map_err(name)?;
         let mut kvs = Vec::new();
+        let promised = cursor.encoded_bytes(view);
         loop {
             let (keys, bytes) = (1 + self.gen_.below(3), self.gen_.below(120));
             let chunk = cursor.next_chunk(view, storage, keys, bytes).map_err(name)?;
@@ -708,6 +709,8 @@ impl Run {
             assert!(!chunk.kvs.is_empty() || (cursor.is_done() && kvs.is_empty()), "an empty part");
             kvs.extend(chunk.kvs.clone());
             if cursor.is_done() {
+                let records = RangeResponse { kvs: kvs.clone(), ..Default::default() };
+                assert_eq!(prost::Message::encoded_len(&records) as u64, promised);
                 return Ok(RangeResponse { kvs, ..chunk });
             }
         }

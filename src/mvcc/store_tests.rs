@@ -5,11 +5,11 @@ use bytes::Bytes;
 use super::{
     Error, KeyRange, Revision,
     hash::{hash_all, hash_kv},
-    range::{RangeCursor, range as read},
+    range::{Bounds, RangeCursor, range as read, range_within, weight},
     replay::{self, Limit},
     store::{FINISHED_COMPACT_KEY, SCHEDULED_COMPACT_KEY},
     test_support::*,
-    txn::{is_read_only, put_cost, quota_cost, txn_cost, txn_read_only},
+    txn::{is_read_only, put_cost, quota_cost, txn_cost, txn_read_only, txn_read_only_within},
 };
 use crate::{
     pb::etcdserverpb::{
@@ -504,6 +504,55 @@ fn only_flat_ranges_are_read_only() {
     assert_eq!(header_revision(&answer.responses[0]), 2);
     let future = txn(vec![], vec![op(at("a", "", 3))], vec![]);
     assert!(matches!(txn_read_only(&w.store.view(), &*w.storage, &future), Err(Error::FutureRev)));
+}
+
+#[test]
+fn read_beyond_its_bounds_is_given_up_before_a_row_is_read() {
+    let mut w = World::new();
+    for key in ["a", "b", "c", "d"] {
+        w.put(key, "value");
+    }
+    // Row key and record.
+    let row = 17 + w.range(&range("a", "")).unwrap().kvs[0].0.len();
+    let view = w.store.view();
+    let all = range("a", "\0");
+    let sorted = RangeRequest { sort_order: 2, limit: 1, ..all.clone() };
+    let keys_only = RangeRequest { keys_only: true, ..all.clone() };
+    let limited = RangeRequest { limit: 3, ..all.clone() };
+    let filtered = RangeRequest { min_mod_revision: 5, ..all.clone() };
+    let none = RangeRequest { count_only: true, ..all.clone() };
+    let short = |req: &RangeRequest, keys, bytes| {
+        let bounds = Bounds { keys, bytes };
+        let once = txn(vec![], vec![op(req.clone())], vec![]);
+        let twice = txn(vec![], vec![op(req.clone()), op(req.clone())], vec![]);
+        let in_txn = |txn| txn_read_only_within(&view, &*w.storage, bounds, txn);
+        match range_within(&view, &*w.storage, bounds, req) {
+            Ok(found) => {
+                assert_eq!(found, read(&view, &*w.storage, req).unwrap());
+                assert!(in_txn(&once).is_ok());
+                assert!(in_txn(&twice).is_err() || req.count_only, "all ranges of a transaction share the bounds");
+                true
+            }
+            Err(Error::TooLong) => !matches!(in_txn(&once), Err(Error::TooLong)),
+            Err(e) => panic!("{e}"),
+        }
+    };
+    for (req, keys, bytes) in [
+        (&all, 4, 4 * row),
+        (&sorted, 4, 4 * row),
+        // The key beyond the limit is not read.
+        (&limited, 3, 3 * row),
+        (&filtered, 4, row),
+    ] {
+        assert!(short(req, keys, bytes), "{req:?}");
+        assert!(!short(req, keys - 1, bytes) && !short(req, keys, bytes - 1), "{req:?}");
+    }
+    assert!(short(&keys_only, 4, 4 * row + 100) && !short(&keys_only, 3, 4 * row + 100));
+    assert!(short(&none, 0, 0));
+    let compare = txn(vec![compare("a", "\0", 0, Version(1))], vec![], vec![]);
+    let within = |keys| txn_read_only_within(&view, &*w.storage, Bounds { keys, bytes: 0 }, &compare);
+    assert!(within(4).is_ok() && matches!(within(3), Err(Error::TooLong)));
+    assert!(weight(&view, &all) >= 4 * row && weight(&view, &none) == 0);
 }
 
 // KV-69, KV-70
