@@ -104,7 +104,7 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
     let view = ViewCell::new(core.view());
     let applied = Arc::new(AtomicU64::new(core.applied_index()));
     let registry = Registry::default();
-    let metrics = Metrics::default();
+    let metrics = Metrics::new(config.metrics == "extensive");
     let raft_status = Arc::new(raft::Status::default());
 
     let rpc = rpc_runtimes();
@@ -365,6 +365,7 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
     }));
     // The first look, so that a lone member leads at once.
     raft_tx.control(raft::Control::Tick);
+    tasks.push(tokio::spawn(watch_leader(server.clone())));
     if config.initial_election_tick_advance {
         tasks.push(tokio::spawn(advance_ticks(server.clone(), config.election_ticks() as usize)));
     }
@@ -390,6 +391,23 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
         "ready to serve client requests"
     );
     Ok(Member { server, runtimes, arbiters, wal: wal_tx, listeners, tasks, transport, peer_port: Some(peer_port) })
+}
+
+/// Election timeouts without a leader after which streams that ask for one end (W-48).
+const LEADERLESS_MAX: u32 = 3;
+
+/// Tells streams that ask for a leader when there has been none at several looks in a row.
+async fn watch_leader(server: Arc<api::Server>) {
+    let mut every = ticks(server.settings.election_timeout);
+    every.tick().await;
+    let mut without = 0;
+    loop {
+        every.tick().await;
+        without = if server.raft_status.read().leader == 0 { without + 1 } else { 0 };
+        if without >= LEADERLESS_MAX {
+            server.no_leader.notify_waiters();
+        }
+    }
 }
 
 /// A member among others need not wait a whole election timeout for its first election, once it can hear two of them.

@@ -8,7 +8,7 @@ use tonic::{Request, Response, Status};
 use super::{Handle, long, validate};
 use crate::{
     apply::{self, View},
-    mvcc::{self, range, txn},
+    mvcc::{self, range, store::Tally, txn},
     pb::etcdserverpb::{
         CompactionRequest, CompactionResponse, DeleteRangeRequest, DeleteRangeResponse, InternalRaftRequest,
         PutRequest, PutResponse, RangeRequest, RangeResponse, RangeStreamResponse, TxnRequest, TxnResponse,
@@ -124,15 +124,18 @@ impl Kv for Handle {
             let read = |view: &View| txn::txn_read_only_within(&view.kv, &*server.storage, long::SHORT, &req);
             let answered = match server.read(view.clone(), read) {
                 Err(mvcc::Error::TooLong) => {
-                    let (weighed, storage) = (req.clone(), server.clone());
+                    let (weighed, asked, storage) = (req.clone(), req.clone(), server.clone());
                     let weigh = move |view: &View| txn::weight(&view.kv, &weighed);
-                    let read = move |view: &View| txn::txn_read_only(&view.kv, &*storage.storage, &req);
+                    let read = move |view: &View| txn::txn_read_only(&view.kv, &*storage.storage, &asked);
                     long::whole(server, view, weigh, read).await
                 }
                 found => found.map_err(Status::from).map(|(view, answer)| (view, Response::new(answer))),
             };
             server.metrics.requests.record(Kind::ReadonlyTxn, answered.is_ok(), began.elapsed());
-            let (view, mut response) = answered?;
+            let (view, response) = answered?;
+            let ranges = response.get_ref().1;
+            server.metrics.store_did(&Tally { ranges, txns: u64::from(ranges > 1), ..Tally::default() });
+            let mut response = response.map(|(answer, _)| answer);
             let answer = response.get_mut();
             let revision = answer.header.as_ref().map_or(view.kv.revision, |h| h.revision);
             answer.header = Some(server.header(revision, server.raft_status.read().term));

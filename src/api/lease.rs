@@ -180,7 +180,13 @@ impl Lease for Handle {
                 let req = match requests.message().await {
                     Ok(Some(req)) => req,
                     Ok(None) => return None,
-                    Err(status) => return Some((Err(status), None)),
+                    Err(status) => {
+                        // A client that is gone is none of the stream's failures.
+                        if status.code() != tonic::Code::Cancelled && std::error::Error::source(&status).is_none() {
+                            handle.server.metrics.streams_broken[1].fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                        }
+                        return Some((Err(status), None));
+                    }
                 };
                 // The header is filled before the renewal (L-13).
                 let header = Some(handle.server.header_of(&handle.server.view.load()));

@@ -6,6 +6,7 @@ pub mod kv;
 pub mod lease;
 mod long;
 pub mod maintenance;
+mod metered;
 mod routes;
 pub mod status;
 pub mod unimplemented;
@@ -84,6 +85,8 @@ pub struct Server {
     pub registry: Registry,
     pub metrics: Metrics,
     links: OnceLock<Arc<dyn Links>>,
+    /// Told each time this member has been without a leader for long.
+    pub no_leader: Arc<Notify>,
     /// Told when this member has been removed from its cluster: it stops.
     pub removed: Notify,
     request_counter: AtomicU64,
@@ -138,6 +141,7 @@ impl Server {
             registry: parts.registry,
             metrics: parts.metrics,
             links: OnceLock::new(),
+            no_leader: Arc::default(),
             removed: Notify::new(),
             request_counter: AtomicU64::new(parts.started_unix_ms << 8),
             alarm_asked: AtomicBool::new(false),

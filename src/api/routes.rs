@@ -1,14 +1,17 @@
 //! From a gRPC path to its service, and what holds for every call: metadata checks, deadlines, transport errors'
 //! texts, counters.
 
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use http::{HeaderMap, Request, Response};
 use tonic::{Code, Status, body::Body};
 use tower_service::Service;
 
-use super::{Handle, long, status};
+use super::{
+    Handle, long,
+    metered::{Asked, Call, NoLeader},
+    status,
+};
 use crate::pb::{
     etcdserverpb::{
         auth_server::AuthServer, cluster_server::ClusterServer, kv_server::KvServer, lease_server::LeaseServer,
@@ -73,7 +76,7 @@ impl Routes {
 
     pub async fn call<B>(&self, mut request: Request<B>) -> Response<Body>
     where
-        B: http_body::Body<Data = bytes::Bytes> + Send + 'static,
+        B: http_body::Body<Data = bytes::Bytes> + Unpin + Send + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>> + Send,
     {
         let uri = request.uri().clone();
@@ -88,11 +91,13 @@ impl Routes {
             Err(status) => return status.into_http(),
         };
         let began = Instant::now();
-        let counters = self.handle.server.metrics.rpcs.find(uri.path());
-        if let Some(counters) = counters {
-            counters.started.fetch_add(1, Ordering::Relaxed);
-        }
+        let metrics = &self.handle.server.metrics;
+        let call = Call::start(metrics, uri.path());
+        let is_stream = call.as_ref().is_some_and(|call| call.method().is_stream());
+        // Before the answer: a leader that is lost meanwhile is noticed.
+        let no_leader = (is_stream && needs_leader(request.headers())).then(|| self.no_leader());
         long::mark(&mut request);
+        let request = request.map(|body| Asked::new(body, call.clone()));
         macro_rules! dispatch {
             ($($name:literal => $field:ident,)*) => {
                 match service {
@@ -116,19 +121,17 @@ impl Routes {
             "grpc.health.v1.Health" => health,
         };
         let response = long::finish(self.transport_texts(response, service, method));
-        if let Some(counters) = counters {
-            // An error is in the head of the answer; a unary answer without one is a success.
-            match Status::from_header_map(response.headers()) {
-                Some(status) => counters.handled(status.code()),
-                None if counters.kind == "unary" => counters.handled(Code::Ok),
-                None => {}
-            }
-            let (took, expected) = (began.elapsed(), self.handle.server.settings.slow_request);
-            if counters.kind == "unary" && !expected.is_zero() && took > expected {
-                tracing::warn!(method = uri.path(), ?took, expected_duration = ?expected, "request stats");
-            }
+        let Some(call) = call else { return response };
+        let (took, expected) = (began.elapsed(), self.handle.server.settings.slow_request);
+        if !is_stream && !expected.is_zero() && took > expected {
+            tracing::warn!(method = uri.path(), ?took, expected_duration = ?expected, "request stats");
         }
-        response
+        call.meter(response, no_leader)
+    }
+
+    /// Ready when this member has been without a leader for long, from now on (W-48).
+    fn no_leader(&self) -> NoLeader {
+        Box::pin(self.handle.server.no_leader.clone().notified_owned())
     }
 
     /// G-8, G-9.
@@ -136,12 +139,13 @@ impl Routes {
         if self.handle.server.raft_status.read().is_learner && !LEARNER_MAY.contains(&path) {
             return Err(status::learner_unsupported());
         }
-        if let Some(version) = headers.get("client-api-version")
-            && std::str::from_utf8(version.as_bytes()).is_err()
-        {
-            return Err(status::bad_api_version());
+        let version = headers.get("client-api-version").map_or(Ok("unknown"), |v| std::str::from_utf8(v.as_bytes()));
+        let Ok(version) = version else { return Err(status::bad_api_version()) };
+        let metrics = &self.handle.server.metrics;
+        if let Some(place) = metrics.rpcs.find(path) {
+            metrics.clients.called(version, metrics.rpcs.of(place).is_stream());
         }
-        if headers.get("hasleader").is_some_and(|v| v == "true") && self.handle.server.raft_status.read().leader == 0 {
+        if needs_leader(headers) && self.handle.server.raft_status.read().leader == 0 {
             return Err(status::no_leader());
         }
         Ok(())
@@ -173,6 +177,10 @@ impl Routes {
         }
         response
     }
+}
+
+fn needs_leader(headers: &HeaderMap) -> bool {
+    headers.get("hasleader").is_some_and(|value| value == "true")
 }
 
 /// The caller's own deadline wins over the server's (G-4). It ends the handler; what is in the log stays.

@@ -1,6 +1,6 @@
 //! The Watch service: carries requests to the hub of this runtime and its responses back.
 
-use std::pin::Pin;
+use std::{pin::Pin, sync::atomic::Ordering};
 
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status, Streaming};
@@ -17,6 +17,7 @@ impl Watch for Handle {
             return Err(crate::apply::Error::Stopped.into());
         };
         let mut requests = request.into_inner();
+        let broken = self.server.metrics.clone();
         tokio::spawn(async move {
             loop {
                 tokio::select! {
@@ -30,7 +31,13 @@ impl Watch for Handle {
                         // Half-closed: events go on (W-11), until the client goes.
                         Ok(None) => return to_hub.closed().await,
                         Err(e) if e.code() == tonic::Code::Cancelled => return to_hub.end(status::watch_canceled()),
-                        Err(e) => return to_hub.end(e),
+                        Err(e) => {
+                            // A client that is gone is none of the stream's failures.
+                            if std::error::Error::source(&e).is_none() {
+                                broken.streams_broken[0].fetch_add(1, Ordering::Relaxed);
+                            }
+                            return to_hub.end(e);
+                        }
                     },
                     () = to_hub.closed() => return,
                 }

@@ -99,18 +99,7 @@ impl ApplyActor {
         };
         let counts = &self.wiring.metrics;
         counts.store_commit.record(began.elapsed());
-        let (mut puts, mut put_bytes, mut deletes) = (0, 0, 0);
-        for change in &effects.changes {
-            if change.delete {
-                deletes += 1;
-            } else {
-                puts += 1;
-                put_bytes += change.kv.0.len() as u64;
-            }
-        }
-        counts.puts.fetch_add(puts, Ordering::Relaxed);
-        counts.put_bytes.fetch_add(put_bytes, Ordering::Relaxed);
-        counts.deletes.fetch_add(deletes, Ordering::Relaxed);
+        counts.store_did(&effects.tally);
         for notice in &effects.lease_notices {
             if let LeaseNotice::Granted { ttl, .. } = notice {
                 counts.lease_ttls.record(Duration::from_secs(ttl.unsigned_abs()));

@@ -10,7 +10,11 @@ use crate::{
     actor::Permit,
     cluster::{Change as MemberChange, Members, v2_request},
     lease::{self, Leases},
-    mvcc::{self, change::Change, store::Store},
+    mvcc::{
+        self,
+        change::Change,
+        store::{Store, Tally},
+    },
     pb::{
         etcdserverpb::{self as pb, InternalRaftRequest, alarm_request::AlarmAction},
         raftpb,
@@ -46,6 +50,8 @@ pub struct Effects {
     pub conf_changed: Option<ConfChanged>,
     /// Space is short and no alarm says so yet.
     pub wants_alarm: bool,
+    /// For who keeps count.
+    pub tally: Tally,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -364,6 +370,7 @@ impl Core {
         self.store.committed();
         let mut effects = std::mem::take(&mut self.effects);
         effects.changes = changes;
+        effects.tally = self.store.take_tally();
         if !self.store.is_cleaning() {
             effects.answers.extend(self.compact_waiters.drain(..).map(|w| (w.reply, w.outcome)));
         }

@@ -689,7 +689,11 @@ impl Run {
 
         let req = self.gen_.txn(newest, 0, true);
         assert!(is_read_only(&req));
-        same(&txn_read_only(&view, &*storage, &req).map_err(name), &self.model.txn_read_only(&req), &req);
+        same(
+            &txn_read_only(&view, &*storage, &req).map(|(answer, _)| answer).map_err(name),
+            &self.model.txn_read_only(&req),
+            &req,
+        );
 
         let rev = self.gen_.revision(newest).max(0);
         same(&hash_kv(&view, &*storage, rev).map_err(name), &self.model.hash(rev), &("hash", rev));

@@ -499,11 +499,38 @@ fn only_flat_ranges_are_read_only() {
     let mut w = World::new();
     w.put("a", "1");
     let req = txn(vec![compare("a", "", 0, Value("1".into()))], vec![op(range("a", "")), op(at("a", "", -1))], vec![]);
-    let answer = txn_read_only(&w.store.view(), &*w.storage, &req).unwrap();
+    let (answer, looks) = txn_read_only(&w.store.view(), &*w.storage, &req).unwrap();
+    assert_eq!(looks, 3);
     assert_eq!((answer.succeeded, answer.header.unwrap().revision, answer.responses.len()), (true, 2, 2));
     assert_eq!(header_revision(&answer.responses[0]), 2);
     let future = txn(vec![], vec![op(at("a", "", 3))], vec![]);
     assert!(matches!(txn_read_only(&w.store.view(), &*w.storage, &future), Err(Error::FutureRev)));
+}
+
+#[test]
+fn operations_are_counted_as_etcd_counts_them() {
+    let mut w = World::with_leases(&[1]);
+    let mut counted = |act: &dyn Fn(&mut World)| {
+        act(&mut w);
+        let tally = w.store.take_tally();
+        (tally.ranges, tally.puts, tally.deletes, tally.txns)
+    };
+    let run = |w: &mut World, req: PutRequest| _ = w.store.put(&req, &mut w.leases);
+    assert_eq!(counted(&|w| run(w, put("a", "1"))), (0, 1, 0, 0));
+    assert_eq!(counted(&|w| run(w, PutRequest { prev_kv: true, ..put("a", "1") })), (1, 1, 0, 1));
+    assert_eq!(counted(&|w| run(w, PutRequest { ignore_value: true, ..put("a", "") })), (1, 1, 0, 1));
+    assert_eq!(counted(&|w| run(w, PutRequest { ignore_value: true, ..put("no", "") })), (1, 0, 0, 0));
+    // A compare that fails, and three operations.
+    let ops = vec![op(put("a", "6")), op(range("a", "")), op(delete("none", ""))];
+    let req = txn(vec![compare("a", "", 0, Version(9)), compare("a", "", 0, Version(1))], vec![], ops);
+    assert_eq!(counted(&|w| _ = w.txn(req.clone()).unwrap()), (2, 1, 1, 1));
+    // Both halves of it have more than one: two compares, and a put that is looked up before and while it runs.
+    let holds = || compare("a", "", 0, Version(4));
+    let keep = op(PutRequest { ignore_value: true, ..put("a", "") });
+    let req = txn(vec![holds(), holds()], vec![op(txn(vec![holds()], vec![keep], vec![]))], vec![]);
+    assert_eq!(counted(&|w| _ = w.txn(req.clone()).unwrap()), (3 + 1 + 1, 1, 0, 2));
+    let delete = DeleteRangeRequest { prev_kv: true, ..delete("a", "\0") };
+    assert_eq!(counted(&|w| _ = w.store.delete_range(&delete, &mut w.leases)), (1, 0, 1, 1));
 }
 
 #[test]
