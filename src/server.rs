@@ -285,6 +285,21 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
             move |install| peers::install(install, &in_use, &stores, &settings)
         }),
         slow_apply: config.warning_apply_duration.to_std(),
+        clean_up: apply::CleanUp {
+            keys: config.compaction_batch(),
+            pause: config.compaction_pause(),
+            wake_after: Box::new({
+                let (apply, runtime) = (apply_tx.clone(), main.clone());
+                move |pause| {
+                    let apply = apply.clone();
+                    runtime.spawn(async move {
+                        // A millisecond more, so that the pause is over whatever the timer's grain.
+                        tokio::time::sleep(pause + Duration::from_millis(1)).await;
+                        apply.wake();
+                    });
+                }
+            }),
+        },
         on_members: Box::new({
             let (transport, server, own) = (transport.clone(), server.clone(), ids.member);
             move |members| {

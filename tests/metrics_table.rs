@@ -196,6 +196,30 @@ async fn calls_are_counted_as_etcd_counts_them() {
 }
 
 #[tokio::test]
+async fn compaction_goes_at_the_pace_it_is_told() {
+    // 100 keys to look at, and as many rows to remove.
+    const SLICES: &str = "etcd_debugging_mvcc_db_compaction_pause_duration_milliseconds_count";
+    for (flags, slices, least_ms) in
+        [(&[][..], 1..=1, 0), (&["--compaction-batch-limit=10", "--compaction-sleep-interval=20ms"], 20..=21, 380)]
+    {
+        let program = common::server_under_test(env!("CARGO_BIN_EXE_actd"));
+        let server = Server::start(Path::new(&program), flags);
+        let mut client = Client::connect(&server).await;
+        for n in 0..200 {
+            let key = format!("{:02}", n % 100);
+            client.kv.put(PutRequest { key: key.into(), ..Default::default() }).await.expect("a put");
+        }
+        let began = std::time::Instant::now();
+        client.kv.compact(CompactionRequest { revision: 201, physical: true }).await.expect("a compaction");
+        let took = began.elapsed().as_millis();
+        let text = common::http_get(server.client_port, "/metrics").expect("metrics");
+        let done = sample(&text, SLICES, &[]).expect("a number");
+        assert!(slices.contains(&done) && took >= least_ms, "{done} slices in {took} ms");
+        assert_eq!(sample(&text, "etcd_debugging_mvcc_db_compaction_keys_total", &[]), Some(100));
+    }
+}
+
+#[tokio::test]
 async fn metrics_are_those_of_the_table() {
     let program = common::server_under_test(env!("CARGO_BIN_EXE_actd"));
     let server = Server::start(Path::new(&program), &["--metrics=extensive"]);

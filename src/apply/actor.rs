@@ -33,8 +33,19 @@ pub struct Wiring {
     pub install: Box<dyn FnMut(Install) -> anyhow::Result<Core> + Send>,
     /// An entry that takes longer is worth a line in the log.
     pub slow_apply: Duration,
+    pub clean_up: CleanUp,
     /// Told of the members whenever they have changed, before raft is.
     pub on_members: Box<dyn Fn(&Members) + Send>,
+}
+
+/// How fast the clean-up after a compaction goes.
+pub struct CleanUp {
+    /// Keys looked at and rows removed in one slice.
+    pub keys: usize,
+    /// Between two slices, beside the entries that come first anyway.
+    pub pause: Duration,
+    /// Wakes the actor after this time.
+    pub wake_after: Box<dyn Fn(Duration) + Send>,
 }
 
 /// A watch hub as apply sees it: never waited for.
@@ -46,6 +57,8 @@ pub struct ApplyActor {
     answers: Batch,
     defragment_waiters: Vec<tokio::sync::oneshot::Sender<()>>,
     cleaning_since: Option<Instant>,
+    /// No slice of clean-up before this.
+    pause_until: Option<Instant>,
 }
 
 /// For the time of the last compaction alone.
@@ -54,13 +67,10 @@ fn unix_secs() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }
 
-/// Keys looked at in one slice of clean-up: about 0.3 ms.
-const CLEAN_KEYS: usize = 200;
-
 impl ApplyActor {
     pub fn new(core: Core, wiring: Wiring) -> Self {
         let answers = wiring.replies.batch();
-        Self { core, wiring, answers, defragment_waiters: Vec::new(), cleaning_since: None }
+        Self { core, wiring, answers, defragment_waiters: Vec::new(), cleaning_since: None, pause_until: None }
     }
 
     /// Takes on the state of a leader's snapshot. Control comes before data, so nothing is in hand.
@@ -185,13 +195,16 @@ impl Actor for ApplyActor {
         }
     }
 
-    fn on_turn_end(&mut self, _: &Turn) {
+    fn on_turn_end(&mut self, turn: &Turn) {
         self.commit();
+        if self.pause_until.is_some_and(|until| turn.now >= until) {
+            self.pause_until = None;
+        }
         // One slice of clean-up per turn, after the entries are out, so that writes never wait for more than that.
-        if self.core.is_cleaning() {
+        if self.core.is_cleaning() && self.pause_until.is_none() {
             let began = *self.cleaning_since.get_or_insert_with(Instant::now);
             let slice = Instant::now();
-            self.core.clean_slice(CLEAN_KEYS);
+            self.core.clean_slice(self.wiring.clean_up.keys);
             self.commit();
             let metrics = &self.wiring.metrics;
             metrics.compaction_pauses.record_ms(slice.elapsed());
@@ -199,6 +212,10 @@ impl Actor for ApplyActor {
                 self.cleaning_since = None;
                 metrics.compactions.record_ms(began.elapsed());
                 metrics.compaction_last.store(unix_secs(), Ordering::Relaxed);
+            } else if !self.wiring.clean_up.pause.is_zero() {
+                let pause = self.wiring.clean_up.pause;
+                self.pause_until = Some(Instant::now() + pause);
+                (self.wiring.clean_up.wake_after)(pause);
             }
         }
         if !self.core.is_cleaning() {
@@ -209,6 +226,6 @@ impl Actor for ApplyActor {
     }
 
     fn has_work(&self) -> bool {
-        self.core.is_cleaning()
+        self.core.is_cleaning() && self.pause_until.is_none()
     }
 }
