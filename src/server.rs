@@ -162,6 +162,7 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
             election_timeout: Duration::from_millis(config.election_timeout_ms),
             heartbeat: Duration::from_millis(config.heartbeat_interval_ms),
             slow_request: config.slow_unary_request(),
+            profiles: config.enable_pprof || config.log_level == "debug",
             features: config.feature_gates.states().map(|(gate, open)| (gate.name, gate.stage.name(), open)).collect(),
         },
         view: view.clone(),

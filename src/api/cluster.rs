@@ -82,9 +82,9 @@ impl Server {
     }
 
     async fn promote_as_leader(&self, id: u64, runtime: usize) -> Result<Members, Error> {
-        let (answer, progress) = tokio::sync::oneshot::channel();
-        self.raft.control(raft::Control::Progress(answer));
-        let progress = progress.await.map_err(|_| Error::Stopped)?;
+        let (answer, inspected) = tokio::sync::oneshot::channel();
+        self.raft.control(raft::Control::Inspect(answer));
+        let progress = inspected.await.map_err(|_| Error::Stopped)?.progress;
         let matched = |id| progress.iter().find(|p| p.id == id).map(|p| u128::from(p.matched));
         let Some(own) = matched(self.settings.member_id) else { return Err(Error::NotLeader) };
         let learner = matched(id).ok_or(Error::Member(Refusal::NotFound))?;

@@ -61,6 +61,8 @@ pub struct Settings {
     pub heartbeat: Duration,
     /// Requests that take longer are worth a line in the log.
     pub slow_request: Duration,
+    /// Whether `/debug/pprof/` is there.
+    pub profiles: bool,
     /// Name, stage and state of each feature gate.
     pub features: Vec<(&'static str, &'static str, bool)>,
 }

@@ -410,7 +410,7 @@ pub static TABLE: &[Group] = &[
         about: "What the server tells about itself.",
         flags: &[
             flag("enable-pprof", Bool(|c| &mut c.enable_pprof), "false",
-                "serve profiles below /debug/pprof/").waits("profiles"),
+                "serve /debug/pprof/; of its profiles there is the command line alone").waits("profiles"),
             flag("metrics", Text(|c| &mut c.metrics), "basic",
                 "basic, or extensive for latency histograms of each method too"),
             flag("warning-apply-duration", Duration(|c| &mut c.warning_apply_duration), "100ms",

@@ -2,6 +2,7 @@
 
 use std::{
     fmt::Write,
+    io::Write as _,
     sync::{
         PoisonError,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -10,7 +11,8 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::Response;
+use flate2::{Compression, write::GzEncoder};
+use http::{HeaderValue, Response, header};
 use http_body_util::Full;
 
 use super::{Answer, set_type};
@@ -23,7 +25,8 @@ use crate::{
     telemetry::{Histogram, Metrics, RpcMethod, Traffic},
 };
 
-pub fn render(handle: &Handle) -> Answer {
+/// `gzip`: compressed.
+pub fn render(handle: &Handle, gzip: bool) -> Answer {
     let mut out = Text::default();
     server(&mut out, handle);
     store(&mut out, handle);
@@ -35,9 +38,18 @@ pub fn render(handle: &Handle) -> Answer {
     if let Some(links) = handle.server.links() {
         links.render_metrics(&mut out.0);
     }
-    let mut response = Response::new(Full::new(Bytes::from(out.0)));
+    let body = if gzip { compress(out.0.as_bytes()) } else { out.0.into_bytes() };
+    let mut response = Response::new(Full::new(Bytes::from(body)));
+    if gzip {
+        response.headers_mut().insert(header::CONTENT_ENCODING, HeaderValue::from_static("gzip"));
+    }
     set_type(&mut response, "text/plain; version=0.0.4; charset=utf-8; escaping=underscores");
     response
+}
+
+fn compress(text: &[u8]) -> Vec<u8> {
+    let mut gzip = GzEncoder::new(Vec::new(), Compression::fast());
+    gzip.write_all(text).and_then(|()| gzip.finish()).expect("a buffer that grows")
 }
 
 /// Exposition text. Every family begins with its head.

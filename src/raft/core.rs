@@ -11,7 +11,7 @@ use raft::{
 };
 
 use super::{
-    Answer, Append, Committed, Install, Progress, Proposal, Reading, convert,
+    Answer, Append, Committed, Inspection, Install, Progress, Proposal, Reading, convert,
     log::MemLog,
     reads::{ReadRequest, Reads},
 };
@@ -711,8 +711,27 @@ impl Core {
         self.node.store().bytes()
     }
 
-    /// Each member's place in the log, this one's included; empty unless this member leads.
-    pub fn progress(&self) -> Vec<Progress> {
+    pub fn inspect(&self) -> Inspection {
+        let raft = &self.node.raft;
+        let role = match raft.state {
+            StateRole::Follower => "StateFollower",
+            StateRole::Candidate => "StateCandidate",
+            StateRole::Leader => "StateLeader",
+            StateRole::PreCandidate => "StatePreCandidate",
+        };
+        Inspection {
+            id: raft.id,
+            term: raft.term,
+            vote: raft.vote,
+            commit: raft.raft_log.committed,
+            leader: raft.leader_id,
+            role,
+            transferee: raft.lead_transferee.unwrap_or(0),
+            progress: self.progress(),
+        }
+    }
+
+    fn progress(&self) -> Vec<Progress> {
         if self.node.raft.state != StateRole::Leader {
             return Vec::new();
         }
