@@ -69,23 +69,7 @@ pub struct Settings {
 
 /// What every handler may reach; one for the process.
 pub struct Server {
-    pub settings: Settings,
-    pub view: ViewCell,
-    pub storage: Arc<StoreInUse>,
-    pub raft: RaftSender,
-    pub raft_status: Arc<raft::Status>,
-    pub apply: ApplySender,
-    pub leases: Sender<LeaseAsk, LeaseControl>,
-    /// Admission of proposals.
-    pub gate: Gate,
-    /// Admission of reads that need a round.
-    pub reads: Gate,
-    /// Memory for the pieces of long answers.
-    pub answer_pieces: Gate,
-    /// Memory for long answers that are made whole.
-    pub answers_whole: Gate,
-    pub registry: Registry,
-    pub metrics: Metrics,
+    parts: Parts,
     links: OnceLock<Arc<dyn Links>>,
     /// Told each time this member has been without a leader for long.
     pub no_leader: Arc<Notify>,
@@ -105,7 +89,7 @@ pub struct Handle {
     pub watch: crate::watch::Client,
 }
 
-/// What [`Server::new`] connects.
+/// What a server is made of.
 pub struct Parts {
     pub settings: Settings,
     pub view: ViewCell,
@@ -114,7 +98,9 @@ pub struct Parts {
     pub raft_status: Arc<raft::Status>,
     pub apply: ApplySender,
     pub leases: Sender<LeaseAsk, LeaseControl>,
+    /// Admission of proposals.
     pub gate: Gate,
+    /// Admission of reads that need a round.
     pub reads: Gate,
     /// Memory for the pieces of long answers.
     pub answer_pieces: Gate,
@@ -126,27 +112,23 @@ pub struct Parts {
     pub started_unix_ms: u64,
 }
 
+impl std::ops::Deref for Server {
+    type Target = Parts;
+
+    fn deref(&self) -> &Parts {
+        &self.parts
+    }
+}
+
 impl Server {
     pub fn new(parts: Parts) -> Self {
         Self {
-            settings: parts.settings,
-            view: parts.view,
-            storage: parts.storage,
-            raft: parts.raft,
-            raft_status: parts.raft_status,
-            apply: parts.apply,
-            leases: parts.leases,
-            gate: parts.gate,
-            reads: parts.reads,
-            answer_pieces: parts.answer_pieces,
-            answers_whole: parts.answers_whole,
-            registry: parts.registry,
-            metrics: parts.metrics,
             links: OnceLock::new(),
             no_leader: Arc::default(),
             removed: Notify::new(),
             request_counter: AtomicU64::new(parts.started_unix_ms << 8),
             alarm_asked: AtomicBool::new(false),
+            parts,
         }
     }
 
