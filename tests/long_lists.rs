@@ -263,3 +263,46 @@ async fn many_lists_at_once_share_a_bounded_memory() {
     );
     assert!(most.saturating_sub(before) < MAY_GROW_MIB << 10, "grew from {before} KiB to {most} KiB");
 }
+
+#[tokio::test]
+async fn clients_that_do_not_read_share_the_memory_of_pieces() {
+    const CLIENTS: usize = 80;
+    const PIECES: u64 = 64;
+    let server = start();
+    let mut client = Client::connect(&server).await;
+    fill(&mut client, 64, 64 << 10).await;
+    let gate = |name: &str| {
+        let text = common::http_get(server.client_port, "/metrics").expect("metrics");
+        let line = text.lines().find(|line| line.starts_with(&format!("{name}{{gate=\"answer_pieces\"}}")));
+        line.and_then(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).expect("a number")
+    };
+    let (go, wait) = tokio::sync::watch::channel(false);
+    let mut lists = Vec::new();
+    for _ in 0..CLIENTS {
+        let (channel, mut wait) = (channel(&server).await, wait.clone());
+        lists.push(tokio::spawn(async move {
+            let mut stream = begin(channel, &everything()).await?;
+            wait.wait_for(|go| *go).await.expect("the test goes on");
+            let message = stream.message().await?.expect("one message");
+            RangeResponse::decode(message).map(|answer| answer.kvs.len()).map_err(|e| Status::internal(e.to_string()))
+        }));
+    }
+    // As many as there is memory for have begun; the others wait.
+    let deadline = Instant::now() + std::time::Duration::from_secs(30);
+    while gate("actd_gate_waits_total") < CLIENTS as u64 - PIECES {
+        assert!(Instant::now() < deadline, "{} wait", gate("actd_gate_waits_total"));
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    assert_eq!(gate("actd_gate_bytes_used"), PIECES << 20);
+    // Short reads are none of their business.
+    let one = RangeRequest { key: key(3).into(), ..Default::default() };
+    assert_eq!(whole(channel(&server).await, &one).await.expect("an answer").kvs.len(), 1);
+    go.send(true).expect("they listen");
+    for list in lists {
+        assert_eq!(list.await.expect("no panic").expect("an answer"), 64);
+    }
+    while gate("actd_gate_bytes_used") > 0 {
+        assert!(Instant::now() < deadline, "memory is not given back");
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+}
