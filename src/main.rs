@@ -7,6 +7,7 @@ use actd::{
     server,
     telemetry::logs,
 };
+use rustix::process::Signal;
 use tokio::signal::unix::{SignalKind, signal};
 
 fn main() -> ExitCode {
@@ -35,40 +36,64 @@ fn main() -> ExitCode {
         log.notice(notice);
     }
     // The system carries the arbiters that the actors run on; its own thread runs the timers.
-    actix_rt::System::new().block_on(run(&config, &log))
+    let end = actix_rt::System::new().block_on(run(&config, &log));
+    drop(log);
+    match end {
+        End::Exit(code) => code,
+        End::Signal(signal) => die_of(signal),
+    }
 }
 
-async fn run(config: &config::Config, log: &logs::Guard) -> ExitCode {
+/// How a process ends.
+enum End {
+    Exit(ExitCode),
+    /// By the signal that stopped it, so that its parent sees what happened.
+    Signal(Signal),
+}
+
+/// Ends the process by `signal`, as if nobody had caught it.
+fn die_of(signal: Signal) -> ExitCode {
+    // The kernel does not let the first process of a container die of a signal.
+    if std::process::id() == 1 {
+        return ExitCode::SUCCESS;
+    }
+    // SAFETY: a system call with a signal's number and its default action, without memory of ours.
+    unsafe { libc::signal(signal.as_raw(), libc::SIG_DFL) };
+    let _ = rustix::process::kill_process(rustix::process::getpid(), signal);
+    // Unless somebody has blocked it, the signal comes before this.
+    ExitCode::from(128 + signal.as_raw() as u8)
+}
+
+async fn run(config: &config::Config, log: &logs::Guard) -> End {
     let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
     else {
         log.notice(&config::Notice::fatal("cannot listen for signals"));
-        return ExitCode::FAILURE;
+        return End::Exit(ExitCode::FAILURE);
     };
     // A start may wait for other members; nothing is acknowledged before its end, so it may be left at any point.
     let started = tokio::select! {
         started = server::start(config) => started,
-        _ = interrupt.recv() => return ExitCode::from(130),
-        _ = terminate.recv() => return ExitCode::from(143),
+        _ = interrupt.recv() => return End::Signal(Signal::INT),
+        _ = terminate.recv() => return End::Signal(Signal::TERM),
     };
     let member = match started {
         Ok(member) => member,
         Err(e) => {
             log.notice(&config::Notice::fatal("cannot start the server").with("error", format!("{e:#}")));
-            return ExitCode::FAILURE;
+            return End::Exit(ExitCode::FAILURE);
         }
     };
-    let code = tokio::select! {
-        _ = interrupt.recv() => 130,
-        _ = terminate.recv() => 143,
+    let end = tokio::select! {
+        _ = interrupt.recv() => End::Signal(Signal::INT),
+        _ = terminate.recv() => End::Signal(Signal::TERM),
         () = member.removed() => {
             log.notice(&config::Notice::warn("server error").with("error", server::REMOVED));
             log.notice(&config::Notice::warn(server::DATA_MUST_GO));
             // The others' last messages, and answers to who asked for it.
             tokio::time::sleep(std::time::Duration::from_secs(1)).await;
-            0
+            End::Exit(ExitCode::SUCCESS)
         }
     };
     member.stop().await;
-    // What a shell sees of a process that its signal ended; 0 for the first process of a container.
-    if std::process::id() == 1 { ExitCode::SUCCESS } else { ExitCode::from(code) }
+    end
 }

@@ -62,6 +62,9 @@ const LEASE_ASKS_MAX: usize = 10_000;
 const CATCH_UP_BYTES_MAX: usize = 64 << 20;
 /// Reads that wait for a round; each is small.
 const READS_MAX: usize = 20_000;
+/// Long answers: pieces in memory, of 1 MiB each, and answers made whole. A larger one of these goes alone.
+const ANSWER_PIECES_MAX: usize = 64 << 20;
+const ANSWERS_WHOLE_MAX: usize = 64 << 20;
 /// Messages of other members that wait for raft. What has no room is dropped: raft sends again.
 const PEER_MESSAGES_MAX: usize = 8_192;
 const PEER_MESSAGE_BYTES_MAX: usize = 64 << 20;
@@ -109,7 +112,7 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
     let view = ViewCell::new(core.view());
     let applied = Arc::new(AtomicU64::new(core.applied_index()));
     let registry = Registry::default();
-    let metrics = Metrics::default();
+    let metrics = Metrics::new(config.metrics == "extensive");
     let raft_status = Arc::new(raft::Status::default());
 
     let rpc = rpc_runtimes();
@@ -145,7 +148,10 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
     }
     let reads = Gate::new("reads", READS_MAX, READS_MAX);
     let peer_messages = Gate::new("peer_messages", PEER_MESSAGES_MAX, PEER_MESSAGE_BYTES_MAX);
-    for gate in [&gate, &reads, &peer_messages] {
+    // Bounded by their bytes alone.
+    let answer_pieces = Gate::new("answer_pieces", ANSWER_PIECES_MAX, ANSWER_PIECES_MAX);
+    let answers_whole = Gate::new("answers_whole", ANSWERS_WHOLE_MAX, ANSWERS_WHOLE_MAX);
+    for gate in [&gate, &reads, &peer_messages, &answer_pieces, &answers_whole] {
         registry.add_gate(gate);
     }
 
@@ -164,6 +170,7 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
             election_timeout: Duration::from_millis(config.election_timeout_ms),
             heartbeat: Duration::from_millis(config.heartbeat_interval_ms),
             slow_request: config.slow_unary_request(),
+            profiles: config.enable_pprof || config.log_level == "debug",
             features: config.feature_gates.states().map(|(gate, open)| (gate.name, gate.stage.name(), open)).collect(),
         },
         view: view.clone(),
@@ -174,6 +181,8 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
         leases: lease_tx.clone(),
         gate,
         reads,
+        answer_pieces,
+        answers_whole,
         registry: registry.clone(),
         metrics: metrics.clone(),
         started_unix_ms: unix_ms(),
@@ -287,6 +296,21 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
         }),
         hash: corruption::hasher(apply_tx.clone()),
         slow_apply: config.warning_apply_duration.to_std(),
+        clean_up: apply::CleanUp {
+            keys: config.compaction_batch(),
+            pause: config.compaction_pause(),
+            wake_after: Box::new({
+                let (apply, runtime) = (apply_tx.clone(), main.clone());
+                move |pause| {
+                    let apply = apply.clone();
+                    runtime.spawn(async move {
+                        // A millisecond more, so that the pause is over whatever the timer's grain.
+                        tokio::time::sleep(pause + Duration::from_millis(1)).await;
+                        apply.wake();
+                    });
+                }
+            }),
+        },
         on_members: Box::new({
             let (transport, server, own) = (transport.clone(), server.clone(), ids.member);
             move |members| {
@@ -370,6 +394,7 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
     }));
     // The first look, so that a lone member leads at once.
     raft_tx.control(raft::Control::Tick);
+    tasks.push(tokio::spawn(watch_leader(server.clone())));
     if config.initial_election_tick_advance {
         tasks.push(tokio::spawn(advance_ticks(server.clone(), config.election_ticks() as usize)));
     }
@@ -404,6 +429,23 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
         "ready to serve client requests"
     );
     Ok(Member { server, runtimes, arbiters, wal: wal_tx, listeners, tasks, transport, peer_port: Some(peer_port) })
+}
+
+/// Election timeouts without a leader after which streams that ask for one end (W-48).
+const LEADERLESS_MAX: u32 = 3;
+
+/// Tells streams that ask for a leader when there has been none at several looks in a row.
+async fn watch_leader(server: Arc<api::Server>) {
+    let mut every = ticks(server.settings.election_timeout);
+    every.tick().await;
+    let mut without = 0;
+    loop {
+        every.tick().await;
+        without = if server.raft_status.read().leader == 0 { without + 1 } else { 0 };
+        if without >= LEADERLESS_MAX {
+            server.no_leader.notify_waiters();
+        }
+    }
 }
 
 /// A member among others need not wait a whole election timeout for its first election, once it can hear two of them.
@@ -464,7 +506,7 @@ async fn publish(server: &Arc<api::Server>, config: &Config, runtime: usize) -> 
             Err(_) => tracing::info!("this member is not published yet; trying again"),
         }
     }
-    if let Some(term) = server.raft_status.sole_leader_term() {
+    if let Some((term, _)) = server.raft_status.leads_alone() {
         // Before clients come in, as nobody else has to be asked.
         if let Err(e) = versions::look(server, term, runtime).await {
             tracing::warn!("the cluster version could not be set yet: {e}; trying again");
@@ -514,7 +556,7 @@ impl Member {
     async fn hand_over(&self) {
         let status = &self.server.raft_status;
         let now = status.read();
-        if !now.is_leader || now.sole_voter {
+        if !now.is_leader || now.is_alone {
             return;
         }
         let view = self.server.view.load_full();

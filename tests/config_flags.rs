@@ -222,11 +222,14 @@ fn every_flag_is_read_from_each_source() {
 
 #[test]
 fn settings_that_do_not_act_yet_are_named_in_one_line() {
-    let args = ["--pre-vote", "--cert-file=a", "--enable-pprof", "--name=x"].map(String::from);
+    let args = ["--pre-vote", "--cert-file=a", "--memory-mlock", "--name=x"].map(String::from);
     let (_, notices) = run(&args, &[], "").expect("loads");
     let lines: Vec<_> = notices.iter().filter(|notice| notice.message == "settings that do not act yet").collect();
     assert_eq!(lines.len(), 1);
-    assert_eq!(lines[0].fields, [("flags", "--cert-file (TLS), --enable-pprof (profiles)".to_owned())]);
+    assert_eq!(
+        lines[0].fields,
+        [("flags", "--memory-mlock (nothing: the storage engine has no such setting), --cert-file (TLS)".to_owned())]
+    );
     let (_, notices) = run(&args[3..], &[], "").expect("loads");
     assert!(notices.iter().all(|notice| notice.message != "settings that do not act yet"));
 }

@@ -487,8 +487,8 @@ fn retention_counts_hours_durations_or_revisions() {
 fn zero_stands_for_a_value_in_some_settings() {
     let (config, _) = run(&["--warning-unary-request-duration=0"], &[], None);
     assert_eq!(config.quota(), Some(2 << 30));
-    assert_eq!(config.compaction_batch(), 1_000);
-    assert_eq!(config.compaction_pause().as_millis(), 10);
+    assert_eq!(config.compaction_batch(), 200);
+    assert_eq!(config.compaction_pause().as_millis(), 0);
     assert_eq!(config.watch_progress_interval().as_secs(), 600);
     assert_eq!(config.slow_unary_request().as_millis(), 300);
     assert_eq!(config.election_ticks(), 10);

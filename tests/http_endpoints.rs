@@ -55,6 +55,60 @@ fn healthy_member_says_so_in_etcds_words() {
 }
 
 #[test]
+fn debug_pages_are_there_for_who_asks_for_them() {
+    let program = common::server_under_test(env!("CARGO_BIN_EXE_actd"));
+    let server = start();
+    let (status, headers, body) = ask(&server, "GET", "/debug/vars");
+    assert_eq!(status, "200 OK");
+    assert!(headers.contains("content-type: application/json; charset=utf-8"), "{headers}");
+    let lines: Vec<&str> = body.lines().map(|line| line.split(':').next().expect("a name")).collect();
+    let names = ["{", r#""cmdline""#, r#""file_descriptor_limit""#, r#""memstats""#, r#""raft.status""#, "}"];
+    assert_eq!(lines, names);
+    let vars: serde_json::Value = serde_json::from_str(&body).expect("JSON");
+    assert_eq!(vars["cmdline"][1], "--name=m0");
+    assert!(vars["file_descriptor_limit"].as_u64() > Some(0) && vars["memstats"]["Sys"].as_u64() > Some(1 << 20));
+    let raft = &vars["raft.status"];
+    let id = raft["id"].as_str().expect("an id");
+    assert_eq!((&raft["lead"], &raft["vote"], &raft["leadtransferee"]), (&raft["id"], &raft["id"], &"0".into()));
+    assert_eq!(raft["raftState"], "StateLeader");
+    let own = &raft["progress"][id];
+    assert_eq!(
+        (own["next"].as_u64(), own["state"].as_str()),
+        (own["match"].as_u64().map(|n| n + 1), Some("StateReplicate"))
+    );
+    assert!(raft["commit"].as_u64() > Some(0) && raft["applied"] == raft["commit"] && raft["term"].as_u64() > Some(0));
+    assert_eq!(ask(&server, "HEAD", "/debug/vars").0, "405 Method Not Allowed");
+
+    assert_eq!(ask(&server, "GET", "/debug/pprof/cmdline").0, "404 Not Found");
+    let server = Server::start(Path::new(&program), &["--enable-pprof"]);
+    assert!(ask(&server, "GET", "/debug/pprof/cmdline").2.contains("\0--name=m0\0"));
+    assert_eq!(ask(&server, "GET", "/debug/pprof/none").0, "404 Not Found");
+    let (status, _, text) = ask(&server, "GET", "/debug/pprof/heap");
+    // A real etcd has them.
+    if program.file_name() != Some("etcd".as_ref()) {
+        assert_eq!(status, "501 Not Implemented");
+        assert!(text.starts_with("not implemented: profiles"), "{text}");
+    }
+}
+
+#[test]
+fn metrics_are_compressed_for_who_asks_for_it() {
+    let server = start();
+    let mut socket = TcpStream::connect(("127.0.0.1", server.client_port)).expect("the port answers");
+    let head = "GET /metrics HTTP/1.0\r\nHost: x\r\nAccept-Encoding: gzip\r\n\r\n";
+    socket.write_all(head.as_bytes()).expect("a request goes out");
+    let mut answer = Vec::new();
+    socket.read_to_end(&mut answer).expect("an answer");
+    let end = answer.windows(4).position(|bytes| bytes == b"\r\n\r\n").expect("a head") + 4;
+    let head = String::from_utf8_lossy(&answer[..end]).to_lowercase();
+    assert!(head.contains("content-encoding: gzip\r\n"), "{head}");
+    let mut text = String::new();
+    flate2::read::GzDecoder::new(&answer[end..]).read_to_string(&mut text).expect("gzip");
+    assert!(text.contains("\netcd_server_has_leader 1\n"), "{text}");
+    assert!(answer.len() < text.len() / 4);
+}
+
+#[test]
 fn wrong_methods_and_paths_are_refused_as_by_go() {
     let server = start();
     for path in ["/health", "/version", "/livez", "/readyz/data_corruption"] {

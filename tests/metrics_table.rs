@@ -8,10 +8,11 @@ use std::{
 };
 
 use actd::pb::etcdserverpb::{
-    CompactionRequest, DefragmentRequest, HashKvRequest, HashRequest, LeaseGrantRequest, PutRequest, RangeRequest,
-    SnapshotRequest,
+    CompactionRequest, DefragmentRequest, HashKvRequest, HashRequest, LeaseGrantRequest, MemberPromoteRequest,
+    PutRequest, RangeRequest, SnapshotRequest, WatchCreateRequest, WatchRequest, watch_request::RequestUnion,
 };
 use common::{Client, Server};
+use prost::Message;
 
 /// What we do not have, and why.
 const NOT_OURS: &[(&str, &[&str])] = &[
@@ -22,7 +23,6 @@ const NOT_OURS: &[(&str, &[&str])] = &[
             "etcd_debugging_disk_backend_commit_spill_duration_seconds",
             "etcd_debugging_disk_backend_commit_write_duration_seconds",
             "etcd_debugging_mvcc_index_compaction_pause_duration_milliseconds",
-            "etcd_debugging_mvcc_db_compaction_keys_total",
         ],
     ),
     (
@@ -67,20 +67,6 @@ const NOT_OURS: &[(&str, &[&str])] = &[
         ],
     ),
     ("this is no Go program", &["etcd_server_go_version"]),
-    (
-        "not there yet",
-        &[
-            "etcd_mvcc_txn_total",
-            "etcd_network_client_grpc_received_bytes_total",
-            "etcd_network_client_grpc_sent_bytes_total",
-            "etcd_network_server_stream_failures_total",
-            "etcd_server_client_requests_total",
-            "etcd_server_learner_promote_failures",
-            "grpc_server_msg_received_total",
-            "grpc_server_msg_sent_total",
-            "grpc_server_handling_seconds",
-        ],
-    ),
 ];
 
 #[derive(Debug, Default)]
@@ -120,15 +106,131 @@ fn families(text: &str) -> BTreeMap<String, Family> {
     families
 }
 
+/// A stream that ends in the middle of its first message.
+async fn broken_watch(server: &Server) {
+    let channel = tonic::transport::Endpoint::from_shared(server.endpoint()).expect("an address");
+    let mut channel = channel.connect().await.expect("a connection");
+    let body = tonic::body::Body::new(http_body_util::Full::from(b"\0\0\0\0\x02\xff\xff".as_slice()));
+    let mut request = http::Request::post("/etcdserverpb.Watch/Watch");
+    request = request.header("content-type", "application/grpc");
+    std::future::poll_fn(|cx| tower_service::Service::poll_ready(&mut channel, cx)).await.expect("ready");
+    let call = tower_service::Service::call(&mut channel, request.body(body).expect("a request"));
+    let answer = call.await.expect("an answer");
+    http_body_util::BodyExt::collect(answer.into_body()).await.expect("the end of the stream");
+}
+
+/// A sample's value by its family and the texts its labels hold.
+fn sample(text: &str, family: &str, labels: &[&str]) -> Option<u64> {
+    let mut lines = text.lines().filter(|line| line.split(['{', ' ']).next() == Some(family));
+    let line = lines.find(|line| labels.iter().all(|label| line.contains(&format!("=\"{label}\""))))?;
+    line.rsplit(' ').next()?.parse().ok()
+}
+
+// What a real etcd counts for the same calls.
+#[tokio::test]
+async fn calls_are_counted_as_etcd_counts_them() {
+    let program = common::server_under_test(env!("CARGO_BIN_EXE_actd"));
+    let server = Server::start(Path::new(&program), &[]);
+    let mut client = Client::connect(&server).await;
+    let put = |key: &'static str| PutRequest { key: key.into(), value: "value".into(), ..Default::default() };
+    let first = put("k");
+    // Health checks are ranges in etcd.
+    let text = common::http_get(server.client_port, "/metrics").expect("metrics");
+    let ranges = sample(&text, "etcd_mvcc_range_total", &[]).expect("a number");
+    let sizes = std::cell::Cell::new((0, 0));
+    let add =
+        |asked: usize, answered: usize| sizes.set((sizes.get().0 + asked as u64, sizes.get().1 + answered as u64));
+    let answer = client.kv.put(first.clone()).await.expect("a put").into_inner();
+    add(first.encoded_len(), answer.encoded_len());
+    let mut versioned = tonic::Request::new(first.clone());
+    versioned.metadata_mut().insert("client-api-version", "3.9".parse().expect("a value"));
+    let answer = client.kv.put(versioned).await.expect("a put").into_inner();
+    add(first.encoded_len(), answer.encoded_len());
+    let bad = PutRequest { ignore_value: true, value: Default::default(), ..put("absent") };
+    client.kv.put(bad.clone()).await.expect_err("no such key");
+    add(bad.encoded_len(), 0);
+    let list = RangeRequest { key: "k".into(), ..Default::default() };
+    let answer = client.kv.range(list.clone()).await.expect("a range").into_inner();
+    add(list.encoded_len(), answer.encoded_len());
+    let (requests, queue) = tokio::sync::mpsc::unbounded_channel();
+    let create = WatchCreateRequest { key: "k".into(), ..Default::default() };
+    let create = WatchRequest { request_union: Some(RequestUnion::CreateRequest(create)) };
+    add(create.encoded_len(), 0);
+    requests.send(create).expect("a queue");
+    let queue = tokio_stream::wrappers::UnboundedReceiverStream::new(queue);
+    let mut watch = client.watch.watch(queue).await.expect("a stream").into_inner();
+    let created = watch.message().await.expect("a response").expect("a response");
+    add(0, created.encoded_len());
+    drop((watch, requests));
+
+    const HANDLED: &str = "grpc_server_handled_total";
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    let text = loop {
+        let text = common::http_get(server.client_port, "/metrics").expect("metrics");
+        if sample(&text, HANDLED, &["Watch", "Canceled"]) == Some(1) {
+            break text;
+        }
+        assert!(std::time::Instant::now() < deadline, "the end of a stream is not counted");
+        // The client's connection has work to do, too.
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    };
+    let read = |family: &str, labels: &[&str]| sample(&text, family, labels);
+    assert_eq!(read("grpc_server_started_total", &["Put"]), Some(3));
+    assert_eq!(read(HANDLED, &["Put", "OK"]), Some(2));
+    assert_eq!(read(HANDLED, &["Put", "InvalidArgument"]), Some(1));
+    assert_eq!(read(HANDLED, &["Put", "Internal"]), Some(0));
+    // The end of a stream's requests and an error count as messages.
+    assert_eq!(read("grpc_server_msg_received_total", &["Put"]), Some(3));
+    assert_eq!(read("grpc_server_msg_sent_total", &["Put"]), Some(3));
+    assert_eq!(read("grpc_server_msg_received_total", &["Watch", "bidi_stream"]), Some(2));
+    assert_eq!(read("grpc_server_msg_sent_total", &["Watch"]), Some(1));
+    assert_eq!(read("etcd_network_client_grpc_received_bytes_total", &[]), Some(sizes.get().0));
+    assert_eq!(read("etcd_network_client_grpc_sent_bytes_total", &[]), Some(sizes.get().1));
+    assert_eq!(read("etcd_server_client_requests_total", &["unary", "3.9"]), Some(1));
+    assert_eq!(read("etcd_server_client_requests_total", &["unary", "unknown"]), Some(3));
+    assert_eq!(read("etcd_server_client_requests_total", &["stream", "unknown"]), Some(1));
+    assert_eq!(read("etcd_mvcc_put_total", &[]), Some(2));
+    // The failed put has looked for its key.
+    assert_eq!(read("etcd_mvcc_range_total", &[]), Some(2 + ranges));
+    assert_eq!(read("etcd_debugging_mvcc_total_put_size_in_bytes", &[]), Some(12));
+}
+
+#[tokio::test]
+async fn compaction_goes_at_the_pace_it_is_told() {
+    // 100 keys to look at, and as many rows to remove.
+    const SLICES: &str = "etcd_debugging_mvcc_db_compaction_pause_duration_milliseconds_count";
+    for (flags, slices, least_ms) in
+        [(&[][..], 1..=1, 0), (&["--compaction-batch-limit=10", "--compaction-sleep-interval=20ms"], 20..=21, 380)]
+    {
+        let program = common::server_under_test(env!("CARGO_BIN_EXE_actd"));
+        let server = Server::start(Path::new(&program), flags);
+        let mut client = Client::connect(&server).await;
+        for n in 0..200 {
+            let key = format!("{:02}", n % 100);
+            client.kv.put(PutRequest { key: key.into(), ..Default::default() }).await.expect("a put");
+        }
+        let began = std::time::Instant::now();
+        client.kv.compact(CompactionRequest { revision: 201, physical: true }).await.expect("a compaction");
+        let took = began.elapsed().as_millis();
+        let text = common::http_get(server.client_port, "/metrics").expect("metrics");
+        let done = sample(&text, SLICES, &[]).expect("a number");
+        assert!(slices.contains(&done) && took >= least_ms, "{done} slices in {took} ms");
+        assert_eq!(sample(&text, "etcd_debugging_mvcc_db_compaction_keys_total", &[]), Some(100));
+    }
+}
+
 #[tokio::test]
 async fn metrics_are_those_of_the_table() {
     let program = common::server_under_test(env!("CARGO_BIN_EXE_actd"));
-    let server = Server::start(Path::new(&program), &[]);
+    let server = Server::start(Path::new(&program), &["--metrics=extensive"]);
     let mut client = Client::connect(&server).await;
     // Something of everything, so that families with labels have samples.
     client.kv.put(PutRequest { key: "k".into(), ..Default::default() }).await.expect("a put");
     client.kv.range(RangeRequest { key: "k".into(), ..Default::default() }).await.expect("a range");
     client.lease.lease_grant(LeaseGrantRequest { ttl: 60, id: 0 }).await.expect("a lease");
+    let unknown = MemberPromoteRequest { id: 1 };
+    client.cluster.member_promote(unknown).await.expect_err("no such member");
+    broken_watch(&server).await;
     client.maintenance.hash(HashRequest {}).await.expect("a hash");
     client.maintenance.hash_kv(HashKvRequest { revision: 0 }).await.expect("a hash");
     client.kv.compact(CompactionRequest { revision: 2, physical: true }).await.expect("a compaction");

@@ -4,6 +4,7 @@ mod common;
 
 use std::{
     fs,
+    os::unix::process::ExitStatusExt,
     path::{Path, PathBuf},
     process::{Command, Output},
     time::{Duration, Instant},
@@ -11,6 +12,7 @@ use std::{
 
 use actd::pb::etcdserverpb::{PutRequest, RangeRequest};
 use common::{Client, Server};
+use rustix::process::Signal;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -74,7 +76,7 @@ fn filled(flags: &[&str]) -> (tempfile::TempDir, PathBuf) {
         runtime().block_on(fill(&server, 0, 20));
         common::pause();
     }
-    assert_eq!(server.terminate(), Some(143));
+    assert_eq!(server.terminate().signal(), Some(Signal::TERM.as_raw()));
     let folder = tempfile::tempdir().expect("a folder");
     let data = folder.path().join("data");
     copy(&data_dir(&server), &data);
@@ -188,11 +190,24 @@ fn stop_under_load_is_clean_every_time() {
             assert!(Instant::now() < deadline, "no load");
             common::pause();
         }
-        assert_eq!(server.terminate(), Some(143), "round {round}: {}", server.stderr_tail());
+        assert_eq!(server.terminate().signal(), Some(Signal::TERM.as_raw()), "round {round}: {}", server.stderr_tail());
         for writer in writers {
             runtime.block_on(writer).expect("a writer ends");
         }
         server.restart();
+    }
+}
+
+#[test]
+fn stopped_member_dies_of_the_signal_that_stopped_it() {
+    for signal in [Signal::TERM, Signal::INT] {
+        let mut server = Server::start(&program(), &[]);
+        let put = PutRequest { key: "k".into(), ..Default::default() };
+        runtime().block_on(async { Client::connect(&server).await.kv.put(put).await.expect("a put") });
+        let status = server.stop(signal);
+        assert_eq!((status.signal(), status.code()), (Some(signal.as_raw()), None), "{}", server.stderr_tail());
+        // And not at once: it has stopped in order.
+        assert!(server.stderr_tail().contains("stopped"), "{}", server.stderr_tail());
     }
 }
 

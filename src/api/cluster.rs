@@ -67,9 +67,24 @@ impl Server {
 
     /// Promotes a learner, as the leader.
     pub async fn promote_member(&self, id: u64, runtime: usize) -> Result<Members, Error> {
-        let (answer, progress) = tokio::sync::oneshot::channel();
-        self.raft.control(raft::Control::Progress(answer));
-        let progress = progress.await.map_err(|_| Error::Stopped)?;
+        let promoted = self.promote_as_leader(id, runtime).await;
+        match &promoted {
+            Ok(_) => _ = self.metrics.promotions.fetch_add(1, std::sync::atomic::Ordering::Relaxed),
+            Err(Error::NotLeader) => {}
+            // With etcd's texts, which name the part that refuses.
+            Err(Error::Member(Refusal::NotFound)) => self.metrics.promotion_refused("membership: ID not found"),
+            Err(Error::Member(Refusal::NotLearner)) => {
+                self.metrics.promotion_refused("membership: can only promote a learner member");
+            }
+            Err(e) => self.metrics.promotion_refused(&format!("etcdserver: {e}")),
+        }
+        promoted
+    }
+
+    async fn promote_as_leader(&self, id: u64, runtime: usize) -> Result<Members, Error> {
+        let (answer, inspected) = tokio::sync::oneshot::channel();
+        self.raft.control(raft::Control::Inspect(answer));
+        let progress = inspected.await.map_err(|_| Error::Stopped)?.progress;
         let matched = |id| progress.iter().find(|p| p.id == id).map(|p| u128::from(p.matched));
         let Some(own) = matched(self.settings.member_id) else { return Err(Error::NotLeader) };
         let learner = matched(id).ok_or(Error::Member(Refusal::NotFound))?;
@@ -77,9 +92,7 @@ impl Server {
             return Err(Error::LearnerNotReady);
         }
         self.check_strictly(|voters| voters.may_promote())?;
-        let members = self.change_members(Change::Promote(id), runtime).await?;
-        self.metrics.promotions.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        Ok(members)
+        self.change_members(Change::Promote(id), runtime).await
     }
 
     /// Has the leader promote a learner, wherever it is (C-22).

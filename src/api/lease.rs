@@ -42,7 +42,7 @@ impl Server {
     /// Renews a lease, if this member leads.
     pub async fn renew(&self, id: i64, runtime: usize) -> Result<Renewal, Error> {
         let raft = self.raft_status.read();
-        if raft.is_leader && !raft.sole_voter && !self.has_ticked() {
+        if raft.is_leader && !raft.is_alone && !self.has_ticked() {
             // A process that stood still may have been replaced without knowing it (L-11).
             self.linearizable_view(runtime).await.map_err(|_| Error::NotPrimaryLessor)?;
         }
@@ -194,6 +194,10 @@ impl Lease for Handle {
                     Ok(Some(req)) => req,
                     Ok(None) => return None,
                     Err(e) => {
+                        // A client that is gone is none of the stream's failures.
+                        if e.code() != tonic::Code::Cancelled && std::error::Error::source(&e).is_none() {
+                            handle.server.metrics.streams_broken[1].fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                        }
                         let max_request_bytes = handle.server.settings.max_request_bytes;
                         return Some((Err(status::of_stream(e, max_request_bytes)), None));
                     }

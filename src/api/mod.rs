@@ -3,9 +3,10 @@
 pub mod cluster;
 pub mod health;
 pub mod kv;
-mod leader_watch;
 pub mod lease;
+mod long;
 pub mod maintenance;
+mod metered;
 mod routes;
 pub mod status;
 pub mod unimplemented;
@@ -63,26 +64,18 @@ pub struct Settings {
     pub heartbeat: Duration,
     /// Requests that take longer are worth a line in the log.
     pub slow_request: Duration,
+    /// Whether `/debug/pprof/` is there.
+    pub profiles: bool,
     /// Name, stage and state of each feature gate.
     pub features: Vec<(&'static str, &'static str, bool)>,
 }
 
 /// What every handler may reach; one for the process.
 pub struct Server {
-    pub settings: Settings,
-    pub view: ViewCell,
-    pub storage: Arc<StoreInUse>,
-    pub raft: RaftSender,
-    pub raft_status: Arc<raft::Status>,
-    pub apply: ApplySender,
-    pub leases: Sender<LeaseAsk, LeaseControl>,
-    /// Admission of proposals.
-    pub gate: Gate,
-    /// Admission of reads that need a round.
-    pub reads: Gate,
-    pub registry: Registry,
-    pub metrics: Metrics,
+    parts: Parts,
     links: OnceLock<Arc<dyn Links>>,
+    /// Told each time this member has been without a leader for long.
+    pub no_leader: Arc<Notify>,
     /// Told when this member has been removed from its cluster: it stops.
     pub removed: Notify,
     request_counter: AtomicU64,
@@ -99,7 +92,7 @@ pub struct Handle {
     pub watch: crate::watch::Client,
 }
 
-/// What [`Server::new`] connects.
+/// What a server is made of.
 pub struct Parts {
     pub settings: Settings,
     pub view: ViewCell,
@@ -108,32 +101,37 @@ pub struct Parts {
     pub raft_status: Arc<raft::Status>,
     pub apply: ApplySender,
     pub leases: Sender<LeaseAsk, LeaseControl>,
+    /// Admission of proposals.
     pub gate: Gate,
+    /// Admission of reads that need a round.
     pub reads: Gate,
+    /// Memory for the pieces of long answers.
+    pub answer_pieces: Gate,
+    /// Memory for long answers that are made whole.
+    pub answers_whole: Gate,
     pub registry: Registry,
     pub metrics: Metrics,
     /// Unix milliseconds at start, the seed of request ids.
     pub started_unix_ms: u64,
 }
 
+impl std::ops::Deref for Server {
+    type Target = Parts;
+
+    fn deref(&self) -> &Parts {
+        &self.parts
+    }
+}
+
 impl Server {
     pub fn new(parts: Parts) -> Self {
         Self {
-            settings: parts.settings,
-            view: parts.view,
-            storage: parts.storage,
-            raft: parts.raft,
-            raft_status: parts.raft_status,
-            apply: parts.apply,
-            leases: parts.leases,
-            gate: parts.gate,
-            reads: parts.reads,
-            registry: parts.registry,
-            metrics: parts.metrics,
             links: OnceLock::new(),
+            no_leader: Arc::default(),
             removed: Notify::new(),
             request_counter: AtomicU64::new(parts.started_unix_ms << 8),
             alarm_asked: AtomicBool::new(false),
+            parts,
         }
     }
 
@@ -208,11 +206,12 @@ impl Server {
         view
     }
 
-    /// The only voter, leading with an entry of its term applied, needs no round: nothing is acknowledged elsewhere.
+    /// The only member, leading with an entry of its term applied, needs no round: nothing is acknowledged elsewhere. What was
+    /// before it was alone must be applied, too. A learner counts: it takes no writes of clients, but that is not decided here.
     fn sole_leader_view(&self) -> Option<Arc<View>> {
-        let term = self.raft_status.sole_leader_term()?;
+        let (term, from) = self.raft_status.leads_alone()?;
         let view = self.view.load_full();
-        (view.applied_term == term).then_some(view)
+        (view.applied_term == term && view.applied_index >= from).then_some(view)
     }
 
     /// Reads from `view`, and from the newest one if clean-up has meanwhile taken rows that `view` still names.

@@ -1,14 +1,17 @@
 //! From a gRPC path to its service, and what holds for every call: metadata checks, deadlines, transport errors'
 //! texts, counters.
 
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use http::{HeaderMap, Request, Response};
 use tonic::{Code, Status, body::Body};
 use tower_service::Service;
 
-use super::{Handle, leader_watch::WhileLed, status};
+use super::{
+    Handle, long,
+    metered::{Asked, Call, NoLeader},
+    status,
+};
 use crate::pb::{
     etcdserverpb::{
         auth_server::AuthServer, cluster_server::ClusterServer, kv_server::KvServer, lease_server::LeaseServer,
@@ -68,9 +71,9 @@ impl Routes {
         &self.handle
     }
 
-    pub async fn call<B>(&self, request: Request<B>) -> Response<Body>
+    pub async fn call<B>(&self, mut request: Request<B>) -> Response<Body>
     where
-        B: http_body::Body<Data = bytes::Bytes> + Send + 'static,
+        B: http_body::Body<Data = bytes::Bytes> + Unpin + Send + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>> + Send,
     {
         let uri = request.uri().clone();
@@ -84,12 +87,14 @@ impl Routes {
             Ok(timeout) => timeout,
             Err(status) => return status.into_http(),
         };
-        let wants_leader = wants_leader(request.headers());
         let began = Instant::now();
-        let counters = self.handle.server.metrics.rpcs.find(uri.path());
-        if let Some(counters) = counters {
-            counters.started.fetch_add(1, Ordering::Relaxed);
-        }
+        let metrics = &self.handle.server.metrics;
+        let call = Call::start(metrics, uri.path());
+        let is_stream = call.as_ref().is_some_and(|call| call.method().is_stream());
+        // Before the answer: a leader that is lost meanwhile is noticed.
+        let no_leader = (is_stream && needs_leader(request.headers())).then(|| self.no_leader());
+        long::mark(&mut request);
+        let request = request.map(|body| Asked::new(body, call.clone()));
         macro_rules! dispatch {
             ($($name:literal => $field:ident,)*) => {
                 match service {
@@ -112,25 +117,18 @@ impl Routes {
             "v3electionpb.Election" => election,
             "grpc.health.v1.Health" => health,
         };
-        let response = self.transport_texts(response, service, method);
-        if let Some(counters) = counters {
-            // An error is in the head of the answer; a unary answer without one is a success.
-            match Status::from_header_map(response.headers()) {
-                Some(status) => counters.handled(status.code()),
-                None if counters.kind == "unary" => counters.handled(Code::Ok),
-                None => {}
-            }
-            let (took, expected) = (began.elapsed(), self.handle.server.settings.slow_request);
-            if counters.kind == "unary" && !expected.is_zero() && took > expected {
-                tracing::warn!(method = uri.path(), ?took, expected_duration = ?expected, "request stats");
-            }
+        let response = long::finish(self.transport_texts(response, service, method));
+        let Some(call) = call else { return response };
+        let (took, expected) = (began.elapsed(), self.handle.server.settings.slow_request);
+        if !is_stream && !expected.is_zero() && took > expected {
+            tracing::warn!(method = uri.path(), ?took, expected_duration = ?expected, "request stats");
         }
-        if !wants_leader || response.headers().contains_key("grpc-status") {
-            return response;
-        }
-        let server = &self.handle.server;
-        response
-            .map(|body| Body::new(WhileLed::new(body, server.raft_status.clone(), server.settings.election_timeout)))
+        call.meter(response, no_leader)
+    }
+
+    /// Ready when this member has been without a leader for long, from now on (W-48).
+    fn no_leader(&self) -> NoLeader {
+        Box::pin(self.handle.server.no_leader.clone().notified_owned())
     }
 
     /// G-8, G-9.
@@ -138,12 +136,13 @@ impl Routes {
         if self.handle.server.raft_status.read().is_learner && !LEARNER_MAY.contains(&path) {
             return Err(status::learner_unsupported());
         }
-        if let Some(version) = headers.get("client-api-version")
-            && std::str::from_utf8(version.as_bytes()).is_err()
-        {
-            return Err(status::bad_api_version());
+        let version = headers.get("client-api-version").map_or(Ok("unknown"), |v| std::str::from_utf8(v.as_bytes()));
+        let Ok(version) = version else { return Err(status::bad_api_version()) };
+        let metrics = &self.handle.server.metrics;
+        if let Some(place) = metrics.rpcs.find(path) {
+            metrics.clients.called(version, metrics.rpcs.of(place).is_stream());
         }
-        if wants_leader(headers) && self.handle.server.raft_status.read().leader == 0 {
+        if needs_leader(headers) && self.handle.server.raft_status.read().leader == 0 {
             return Err(status::no_leader());
         }
         Ok(())
@@ -169,9 +168,8 @@ impl Routes {
     }
 }
 
-/// G-9: only this value counts.
-fn wants_leader(headers: &HeaderMap) -> bool {
-    headers.get("hasleader").is_some_and(|v| v == "true")
+fn needs_leader(headers: &HeaderMap) -> bool {
+    headers.get("hasleader").is_some_and(|value| value == "true")
 }
 
 /// The caller's own deadline wins over the server's (G-4). It ends the handler; what is in the log stays.

@@ -1,6 +1,6 @@
 //! The Watch service: carries requests to the hub of this runtime and its responses back.
 
-use std::pin::Pin;
+use std::{pin::Pin, sync::atomic::Ordering};
 
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status, Streaming};
@@ -18,6 +18,7 @@ impl Watch for Handle {
         };
         let max_request_bytes = self.server.settings.max_request_bytes;
         let mut requests = request.into_inner();
+        let broken = self.server.metrics.clone();
         tokio::spawn(async move {
             loop {
                 tokio::select! {
@@ -31,7 +32,13 @@ impl Watch for Handle {
                         // Half-closed: events go on (W-11), until the client goes.
                         Ok(None) => return to_hub.closed().await,
                         Err(e) if e.code() == tonic::Code::Cancelled => return to_hub.end(status::watch_canceled()),
-                        Err(e) => return to_hub.end(status::of_stream(e, max_request_bytes)),
+                        Err(e) => {
+                            // A client that is gone is none of the stream's failures.
+                            if std::error::Error::source(&e).is_none() {
+                                broken.streams_broken[0].fetch_add(1, Ordering::Relaxed);
+                            }
+                            return to_hub.end(status::of_stream(e, max_request_bytes));
+                        }
                     },
                     () = to_hub.closed() => return,
                 }

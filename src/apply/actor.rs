@@ -36,8 +36,19 @@ pub struct Wiring {
     pub hash: Box<dyn Fn(CompactionJob) + Send>,
     /// An entry that takes longer is worth a line in the log.
     pub slow_apply: Duration,
+    pub clean_up: CleanUp,
     /// Told of the members whenever they have changed, before raft is.
     pub on_members: Box<dyn Fn(&Members) + Send>,
+}
+
+/// How fast the clean-up after a compaction goes.
+pub struct CleanUp {
+    /// Keys looked at and rows removed in one slice.
+    pub keys: usize,
+    /// Between two slices, beside the entries that come first anyway.
+    pub pause: Duration,
+    /// Wakes the actor after this time.
+    pub wake_after: Box<dyn Fn(Duration) + Send>,
 }
 
 /// A watch hub as apply sees it: never waited for.
@@ -49,6 +60,8 @@ pub struct ApplyActor {
     answers: Batch,
     defragment_waiters: Vec<tokio::sync::oneshot::Sender<()>>,
     compacting_since: Option<Instant>,
+    /// No slice of clean-up before this.
+    pause_until: Option<Instant>,
 }
 
 /// For the time of the last compaction alone.
@@ -57,13 +70,10 @@ fn unix_secs() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }
 
-/// Keys looked at in one slice of clean-up: about 0.3 ms.
-const CLEAN_KEYS: usize = 200;
-
 impl ApplyActor {
     pub fn new(core: Core, wiring: Wiring) -> Self {
         let answers = wiring.replies.batch();
-        Self { core, wiring, answers, defragment_waiters: Vec::new(), compacting_since: None }
+        Self { core, wiring, answers, defragment_waiters: Vec::new(), compacting_since: None, pause_until: None }
     }
 
     /// Takes on the state of a leader's snapshot. Control comes before data, so nothing is in hand.
@@ -104,18 +114,7 @@ impl ApplyActor {
         };
         let counts = &self.wiring.metrics;
         counts.store_commit.record(began.elapsed());
-        let (mut puts, mut put_bytes, mut deletes) = (0, 0, 0);
-        for change in &effects.changes {
-            if change.delete {
-                deletes += 1;
-            } else {
-                puts += 1;
-                put_bytes += change.kv.0.len() as u64;
-            }
-        }
-        counts.puts.fetch_add(puts, Ordering::Relaxed);
-        counts.put_bytes.fetch_add(put_bytes, Ordering::Relaxed);
-        counts.deletes.fetch_add(deletes, Ordering::Relaxed);
+        counts.store_did(&effects.tally);
         for notice in &effects.lease_notices {
             if let LeaseNotice::Granted { ttl, .. } = notice {
                 counts.lease_ttls.record(Duration::from_secs(ttl.unsigned_abs()));
@@ -206,7 +205,7 @@ impl Actor for ApplyActor {
         }
     }
 
-    fn on_turn_end(&mut self, _: &Turn) {
+    fn on_turn_end(&mut self, turn: &Turn) {
         self.commit();
         // The rows as they stand before clean-up takes any.
         if let Some(job) = self.core.take_hash_job() {
@@ -215,12 +214,20 @@ impl Actor for ApplyActor {
         if self.core.is_compacting() {
             self.compacting_since.get_or_insert_with(Instant::now);
         }
+        if self.pause_until.is_some_and(|until| turn.now >= until) {
+            self.pause_until = None;
+        }
         // One slice of clean-up per turn, after the entries are out, so that writes never wait for more than that.
-        if self.core.is_cleaning() {
+        if self.core.is_cleaning() && self.pause_until.is_none() {
             let slice = Instant::now();
-            self.core.clean_slice(CLEAN_KEYS);
+            self.core.clean_slice(self.wiring.clean_up.keys);
             self.commit();
             self.wiring.metrics.compaction_pauses.record_ms(slice.elapsed());
+            let pause = self.wiring.clean_up.pause;
+            if self.core.is_cleaning() && !pause.is_zero() {
+                self.pause_until = Some(Instant::now() + pause);
+                (self.wiring.clean_up.wake_after)(pause);
+            }
         }
         if !self.core.is_compacting()
             && let Some(began) = self.compacting_since.take()
@@ -241,6 +248,6 @@ impl Actor for ApplyActor {
     }
 
     fn has_work(&self) -> bool {
-        self.core.is_cleaning()
+        self.core.is_cleaning() && self.pause_until.is_none()
     }
 }

@@ -14,7 +14,7 @@ use crate::{
         self,
         change::Change,
         hash::{CompactionJob, HashKv},
-        store::Store,
+        store::{Store, Tally},
     },
     pb::{
         etcdserverpb::{self as pb, InternalRaftRequest, alarm_request::AlarmAction},
@@ -54,6 +54,8 @@ pub struct Effects {
     pub conf_changed: Option<ConfChanged>,
     /// Space is short and no alarm says so yet.
     pub wants_alarm: bool,
+    /// For who keeps count.
+    pub tally: Tally,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -412,6 +414,7 @@ impl Core {
         self.store.committed();
         let mut effects = std::mem::take(&mut self.effects);
         effects.changes = changes;
+        effects.tally = self.store.take_tally();
         if !self.store.is_compacting() {
             effects.answers.extend(self.compact_waiters.drain(..).map(|w| (w.reply, w.outcome)));
         }

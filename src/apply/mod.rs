@@ -21,7 +21,7 @@ mod tests;
 mod ticket;
 mod view;
 
-pub use actor::{ApplyActor, Hub, Wiring};
+pub use actor::{ApplyActor, CleanUp, Hub, Wiring};
 pub use alarms::Alarms;
 pub use core::{APPLIED_INDEX_KEY, APPLIED_TERM_KEY, Core, LeaseNotice, Settings, read_number};
 pub use error::Error;

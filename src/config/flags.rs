@@ -408,7 +408,7 @@ pub static TABLE: &[Group] = &[
         about: "What the server tells about itself.",
         flags: &[
             flag("enable-pprof", Bool(|c| &mut c.enable_pprof), "false",
-                "serve profiles below /debug/pprof/").waits("profiles"),
+                "serve /debug/pprof/; of its profiles there is the command line alone").waits("profiles"),
             flag("metrics", Text(|c| &mut c.metrics), "basic",
                 "basic, or extensive for latency histograms of each method too"),
             flag("warning-apply-duration", Duration(|c| &mut c.warning_apply_duration), "100ms",
@@ -461,11 +461,9 @@ pub static TABLE: &[Group] = &[
             flag("compact-hash-check-time", Duration(|c| &mut c.compact_hash_check_time), "1m0s",
                 "how often the leader compares hashes of compactions, with gate CompactHashCheck"),
             flag("compaction-batch-limit", Int(|c| &mut c.compaction_batch_limit), "0",
-                "revisions looked at before a compaction pauses; 0 means 1000")
-                .waits("tuning of the clean-up"),
+                "keys looked at and rows removed before a compaction lets everything else go first; 0 means 200"),
             flag("compaction-sleep-interval", Duration(|c| &mut c.compaction_sleep_interval), "0s",
-                "how long that pause is; 0 means 10ms")
-                .waits("tuning of the clean-up"),
+                "how long it pauses there, whether or not there is anything else; 0 does not"),
             flag("watch-progress-notify-interval", Duration(|c| &mut c.watch_progress_notify_interval), "0s",
                 "how often a quiet watch that asked for it hears how far it is; 0 means 10m"),
             flag("downgrade-check-time", Duration(|c| &mut c.downgrade_check_time), "5s",

@@ -309,14 +309,15 @@ impl Config {
         self.warning_unary_request_duration.or_if_unset(Duration::from_millis(300))
     }
 
-    /// Revisions examined by one slice of a compaction.
-    pub fn compaction_batch(&self) -> u64 {
-        u64::try_from(self.compaction_batch_limit).ok().filter(|limit| *limit > 0).unwrap_or(1_000)
+    /// Keys that one slice of clean-up after a compaction looks at, and rows it removes. Unless told otherwise about 0.3 ms of work: what
+    /// comes meanwhile waits for no more than that.
+    pub fn compaction_batch(&self) -> usize {
+        usize::try_from(self.compaction_batch_limit).ok().filter(|limit| *limit > 0).unwrap_or(200)
     }
 
-    /// Pause between two slices of a compaction.
+    /// Pause between two such slices. None unless it is asked for: everything else goes first anyway.
     pub fn compaction_pause(&self) -> Duration {
-        self.compaction_sleep_interval.or_if_unset(Duration::from_millis(10))
+        self.compaction_sleep_interval.or_if_unset(Duration::ZERO)
     }
 
     /// Period of progress answers on quiet watches, at least 100 ms.

@@ -2,12 +2,17 @@
 
 use std::{
     fmt::Write,
-    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    io::Write as _,
+    sync::{
+        PoisonError,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     time::Instant,
 };
 
 use bytes::Bytes;
-use http::Response;
+use flate2::{Compression, write::GzEncoder};
+use http::{HeaderValue, Response, header};
 use http_body_util::Full;
 
 use super::{Answer, set_type};
@@ -17,10 +22,11 @@ use crate::{
     config::ETCD_VERSION,
     pb::etcdserverpb::AlarmType,
     storage::Storage,
-    telemetry::{Histogram, Metrics},
+    telemetry::{Histogram, Metrics, RpcMethod, Traffic},
 };
 
-pub fn render(handle: &Handle) -> Answer {
+/// `gzip`: compressed.
+pub fn render(handle: &Handle, gzip: bool) -> Answer {
     let mut out = Text::default();
     server(&mut out, handle);
     store(&mut out, handle);
@@ -32,9 +38,18 @@ pub fn render(handle: &Handle) -> Answer {
     if let Some(links) = handle.server.links() {
         links.render_metrics(&mut out.0);
     }
-    let mut response = Response::new(Full::new(Bytes::from(out.0)));
+    let body = if gzip { compress(out.0.as_bytes()) } else { out.0.into_bytes() };
+    let mut response = Response::new(Full::new(Bytes::from(body)));
+    if gzip {
+        response.headers_mut().insert(header::CONTENT_ENCODING, HeaderValue::from_static("gzip"));
+    }
     set_type(&mut response, "text/plain; version=0.0.4; charset=utf-8; escaping=underscores");
     response
+}
+
+fn compress(text: &[u8]) -> Vec<u8> {
+    let mut gzip = GzEncoder::new(Vec::new(), Compression::fast());
+    gzip.write_all(text).and_then(|()| gzip.finish()).expect("a buffer that grows")
 }
 
 /// Exposition text. Every family begins with its head.
@@ -45,6 +60,13 @@ impl Text {
     fn head(&mut self, name: &str, kind: &str, help: &str) -> &mut Self {
         let _ = writeln!(self.0, "# HELP {name} {help}\n# TYPE {name} {kind}");
         self
+    }
+
+    /// The head of a family that only shows with samples.
+    fn head_if(&mut self, shows: bool, name: &str, kind: &str, help: &str) {
+        if shows {
+            self.head(name, kind, help);
+        }
     }
 
     fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: impl std::fmt::Display) -> &mut Self {
@@ -170,6 +192,12 @@ fn server(out: &mut Text, handle: &Handle) {
     out.counter("etcd_server_slow_read_indexes_total", "Read rounds that had to be asked for again.", &m.reads_slow);
     out.counter("etcd_server_read_indexes_failed_total", "Linearizable reads that failed.", &m.reads_failed);
     out.counter("etcd_server_learner_promote_successes", "Learners promoted by this leader.", &m.promotions);
+    const REFUSED: &str = "etcd_server_learner_promote_failures";
+    let refused = m.promotions_refused.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    out.head_if(!refused.is_empty(), REFUSED, "counter", "Promotions this leader refused, by reason.");
+    for (reason, count) in refused {
+        out.sample(REFUSED, &[("Reason", &reason)], count);
+    }
     out.gauge(
         "etcd_server_snapshot_apply_in_progress_total",
         "1 while a leader's snapshot is taken on.",
@@ -218,12 +246,14 @@ fn store(out: &mut Text, handle: &Handle) {
     out.gauge("etcd_debugging_mvcc_compact_revision", "Newest compact revision.", view.kv.compact_revision);
     out.gauge(
         "etcd_debugging_mvcc_total_put_size_in_bytes",
-        "Bytes of all records put since the start.",
+        "Key and value bytes of all puts since the start.",
         m.put_bytes.load(Relaxed),
     );
-    out.counter("etcd_mvcc_put_total", "Keys put.", &m.puts);
-    out.counter("etcd_mvcc_delete_total", "Keys deleted.", &m.deletes);
-    out.counter("etcd_mvcc_range_total", "Range requests.", &m.ranges);
+    out.counter("etcd_mvcc_put_total", "Put operations.", &m.puts);
+    out.counter("etcd_mvcc_delete_total", "Delete operations.", &m.deletes);
+    out.counter("etcd_mvcc_range_total", "Looks at ranges, those inside other requests included.", &m.ranges);
+    out.counter("etcd_mvcc_txn_total", "Requests with more than one operation.", &m.txns);
+    out.counter("etcd_debugging_mvcc_db_compaction_keys_total", "Rows removed by clean-up.", &m.cleaned_rows);
     out.gauge("etcd_mvcc_db_total_size_in_bytes", "Logical size: what the quota looks at.", view.kv.sizes.total);
     out.gauge(
         "etcd_mvcc_db_total_size_in_use_in_bytes",
@@ -282,28 +312,63 @@ fn disk(out: &mut Text, m: &Metrics) {
 }
 
 fn rpcs(out: &mut Text, m: &Metrics) {
-    const STARTED: &str = "grpc_server_started_total";
-    const HANDLED: &str = "grpc_server_handled_total";
-    out.head(STARTED, "counter", "Calls started.");
-    for rpc in m.rpcs.iter() {
-        let labels = [("grpc_type", rpc.kind), ("grpc_service", &rpc.service), ("grpc_method", &rpc.method)];
-        out.sample(STARTED, &labels, rpc.started.load(Relaxed));
+    let sum = |of: fn(&RpcMethod) -> &Traffic| -> u64 { m.rpcs.iter().map(|rpc| of(rpc).bytes.load(Relaxed)).sum() };
+    const RECEIVED: &str = "etcd_network_client_grpc_received_bytes_total";
+    out.one("counter", RECEIVED, "Bytes of gRPC messages received.", sum(|rpc| &rpc.received));
+    const SENT: &str = "etcd_network_client_grpc_sent_bytes_total";
+    out.one("counter", SENT, "Bytes of gRPC messages sent.", sum(|rpc| &rpc.sent));
+    const BROKEN: &str = "etcd_network_server_stream_failures_total";
+    let broken: Vec<_> = ["watch", "lease-keepalive"].into_iter().zip(&m.streams_broken).collect();
+    out.head_if(broken.iter().any(|(_, n)| n.load(Relaxed) > 0), BROKEN, "counter", "Streams that broke.");
+    for (api, count) in broken.iter().filter(|(_, n)| n.load(Relaxed) > 0) {
+        out.sample(BROKEN, &[("Type", "receive"), ("API", api)], count.load(Relaxed));
     }
-    out.head(HANDLED, "counter", "Calls answered, by code; of streams those that were refused at their start.");
-    for rpc in m.rpcs.iter() {
-        for (code, count) in rpc.handled.iter().enumerate().filter(|(_, n)| n.load(Relaxed) > 0) {
-            let code = format!("{:?}", tonic::Code::from(code as i32));
-            // Go spells it with one l.
-            let code = if code == "Cancelled" { "Canceled" } else { &code };
-            let labels = [
-                ("grpc_type", rpc.kind),
-                ("grpc_service", rpc.service.as_str()),
-                ("grpc_method", rpc.method.as_str()),
-                ("grpc_code", if code == "Ok" { "OK" } else { code }),
-            ];
-            out.sample(HANDLED, &labels, count.load(Relaxed));
+    const CLIENTS: &str = "etcd_server_client_requests_total";
+    let clients: Vec<_> = m.clients.iter().filter(|(_, _, count)| *count > 0).collect();
+    out.head_if(!clients.is_empty(), CLIENTS, "counter", "Calls, by the version their client names.");
+    for (kind, version, count) in clients {
+        out.sample(CLIENTS, &[("type", kind), ("client_api_version", version)], count);
+    }
+
+    // As etcd has it: locks and elections are told of once somebody calls them.
+    let told = |rpc: &&RpcMethod| !rpc.service.starts_with("v3") || rpc.started.load(Relaxed) > 0;
+    let rpcs: Vec<&RpcMethod> = m.rpcs.iter().filter(told).collect();
+    type Reading = fn(&RpcMethod) -> &AtomicU64;
+    let counters: [(&str, &str, Reading); 3] = [
+        ("grpc_server_started_total", "Calls started.", |rpc| &rpc.started),
+        ("grpc_server_msg_received_total", "Messages received.", |rpc| &rpc.received.messages),
+        ("grpc_server_msg_sent_total", "Messages sent.", |rpc| &rpc.sent.messages),
+    ];
+    for (name, help, read) in counters {
+        out.head(name, "counter", help);
+        for rpc in &rpcs {
+            out.sample(name, &labels(rpc), read(rpc).load(Relaxed));
         }
     }
+    const HANDLED: &str = "grpc_server_handled_total";
+    out.head(HANDLED, "counter", "Calls that have ended, by code.");
+    for rpc in &rpcs {
+        for (code, count) in rpc.handled.iter().enumerate() {
+            let code = format!("{:?}", tonic::Code::from(code as i32));
+            let code = match code.as_str() {
+                // Go spells these its own way.
+                "Cancelled" => "Canceled",
+                "Ok" => "OK",
+                other => other,
+            };
+            out.sample(HANDLED, &[&labels(rpc)[..], &[("grpc_code", code)]].concat(), count.load(Relaxed));
+        }
+    }
+    const HANDLING: &str = "grpc_server_handling_seconds";
+    let timed: Vec<_> = rpcs.iter().filter_map(|rpc| Some((*rpc, rpc.handling.as_ref()?))).collect();
+    out.head_if(!timed.is_empty(), HANDLING, "histogram", "Time of calls until their end.");
+    for (rpc, times) in timed {
+        out.times(HANDLING, &labels(rpc), times);
+    }
+}
+
+fn labels(rpc: &RpcMethod) -> [(&str, &str); 3] {
+    [("grpc_type", rpc.kind), ("grpc_service", &rpc.service), ("grpc_method", &rpc.method)]
 }
 
 /// A number of an actor: name, type, help, how to read it.

@@ -1,5 +1,6 @@
-//! HTTP on the client port: health, version, metrics; and the listeners that both gRPC and HTTP come in by.
+//! HTTP on the client port: health, version, metrics, what helps debugging; and the listeners that both gRPC and HTTP come in by.
 
+mod debug;
 mod health;
 pub mod listener;
 mod metrics;
@@ -7,7 +8,7 @@ mod plain_io;
 pub mod runtime;
 
 use bytes::Bytes;
-use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::Full;
 
 use crate::{
@@ -26,10 +27,14 @@ pub async fn respond<B>(handle: &Handle, serves: Serves, request: &Request<B>) -
     // A listener for metrics serves these and the health endpoints only.
     let everything = serves != Serves::Metrics;
     if path == "/metrics" {
-        return metrics::render(handle);
+        return metrics::render(handle, accepts_gzip(request.headers()));
+    }
+    if let Some(profile) = path.strip_prefix("/debug/pprof/").filter(|_| everything && handle.server.settings.profiles)
+    {
+        return debug::profile(profile);
     }
     let is_get_path = matches!(path, "/health" | "/livez" | "/readyz")
-        || (everything && path == "/version")
+        || (everything && matches!(path, "/version" | "/debug/vars"))
         || path.starts_with("/livez/")
         || path.starts_with("/readyz/");
     if is_get_path && request.method() != Method::GET {
@@ -39,6 +44,7 @@ pub async fn respond<B>(handle: &Handle, serves: Serves, request: &Request<B>) -
     }
     match path {
         "/version" if everything => version(&handle.server),
+        "/debug/vars" if everything => debug::vars(&handle.server).await,
         "/health" => health::health(handle, query).await,
         _ if path.starts_with("/livez") || path.starts_with("/readyz") => health::checks(handle, path, query).await,
         _ if everything && (path.starts_with("/v3/") || path.starts_with("/v3beta/")) => {
@@ -96,6 +102,16 @@ pub fn text_error(status: StatusCode, text: &str) -> Answer {
     response
 }
 
+/// Whether the answer may be compressed: gzip is named, and not with the weight 0.
+fn accepts_gzip(headers: &HeaderMap) -> bool {
+    let values = headers.get_all(header::ACCEPT_ENCODING).iter().filter_map(|value| value.to_str().ok());
+    values.flat_map(|value| value.split(',')).any(|coding| {
+        let (name, weight) = coding.split_once(';').unwrap_or((coding, ""));
+        let weight = weight.trim().strip_prefix("q=").map_or(Ok(1.0), str::parse::<f64>);
+        name.trim() == "gzip" && weight.is_ok_and(|weight| weight > 0.0)
+    })
+}
+
 /// Values of `name` in a query, decoded; a name without a value counts as present with an empty one.
 fn query_values(query: &str, name: &str) -> Vec<String> {
     query
@@ -126,6 +142,16 @@ fn percent_decode(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn gzip_is_for_who_asks_for_it() {
+        let asks = |value: &'static str| {
+            accepts_gzip(&HeaderMap::from_iter([(header::ACCEPT_ENCODING, HeaderValue::from_static(value))]))
+        };
+        assert!(asks("gzip") && asks("zstd, gzip") && asks("gzip;q=0.5, deflate") && asks("br , gzip ; q=1"));
+        assert!(!asks("gzip;q=0") && !asks("*") && !asks("deflate") && !asks("gzip;q=x"));
+        assert!(!accepts_gzip(&HeaderMap::new()));
+    }
 
     #[test]
     fn queries_read_as_go_reads_them() {

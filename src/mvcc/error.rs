@@ -18,6 +18,9 @@ pub enum Error {
     /// view and read again: a pinned read then answers `Compacted`, any other succeeds.
     #[error("mvcc: the view is outdated")]
     ViewOutdated,
+    /// The read would look at more than the bounds it was given; nothing has been read.
+    #[error("mvcc: the read is too long")]
+    TooLong,
     #[error(transparent)]
     Storage(#[from] storage::Error),
 }

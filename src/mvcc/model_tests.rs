@@ -38,6 +38,7 @@ fn name(err: Error) -> &'static str {
         Error::LeaseNotFound => "lease",
         Error::KeyNotFound => "key",
         Error::ViewOutdated => "outdated",
+        Error::TooLong => "too long",
         Error::Storage(err) => panic!("{err}"),
     }
 }
@@ -146,13 +147,15 @@ impl Model {
     }
 
     fn check(&self, runs: &[Request]) -> Outcome<()> {
+        let mut kept = self.now().clone();
         for run in runs {
             match run {
+                Request::RequestDeleteRange(req) => kept.retain(|key, _| !in_range(key, &req.key, &req.range_end)),
                 Request::RequestPut(put) => {
                     if put.lease != 0 && !self.known_leases.contains(&put.lease) {
                         return Err("lease");
                     }
-                    if (put.ignore_value || put.ignore_lease) && !self.now().contains_key(&put.key) {
+                    if (put.ignore_value || put.ignore_lease) && !kept.contains_key(&put.key) {
                         return Err("key");
                     }
                 }
@@ -716,7 +719,11 @@ impl Run {
 
         let req = self.gen_.txn(newest, 0, true);
         assert!(is_read_only(&req));
-        same(&txn_read_only(&view, &*storage, &req).map_err(name), &self.model.txn_read_only(&req), &req);
+        same(
+            &txn_read_only(&view, &*storage, &req).map(|(answer, _)| answer).map_err(name),
+            &self.model.txn_read_only(&req),
+            &req,
+        );
 
         let rev = self.gen_.revision(newest).max(0);
         same(&hash_kv(&view, &*storage, rev).map_err(name), &self.model.hash(rev), &("hash", rev));
@@ -728,6 +735,7 @@ impl Run {
         let storage = &*self.world.storage;
         let mut cursor = RangeCursor::new(view, storage, req).map_err(name)?;
         let mut kvs = Vec::new();
+        let promised = cursor.encoded_bytes(view);
         loop {
             let (keys, bytes) = (1 + self.gen_.below(3), self.gen_.below(120));
             let chunk = cursor.next_chunk(view, storage, keys, bytes).map_err(name)?;
@@ -735,6 +743,8 @@ impl Run {
             assert!(!chunk.kvs.is_empty() || (cursor.is_done() && kvs.is_empty()), "an empty part");
             kvs.extend(chunk.kvs.clone());
             if cursor.is_done() {
+                let records = RangeResponse { kvs: kvs.clone(), ..Default::default() };
+                assert_eq!(prost::Message::encoded_len(&records) as u64, promised);
                 return Ok(RangeResponse { kvs, ..chunk });
             }
         }

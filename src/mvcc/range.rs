@@ -1,5 +1,7 @@
 //! Reading a range of keys at one revision: whole answers, and chunks of long ones.
 
+use std::cell::Cell;
+
 use bytes::Bytes;
 
 use super::{
@@ -7,6 +9,7 @@ use super::{
     error::Error,
     index::{Index, KeyMeta},
     record::{KeyValue, RawKeyValue},
+    revision::ROW_KEY_LEN,
     view::View,
 };
 use crate::{
@@ -20,6 +23,46 @@ use crate::{
 /// Answers a range from a view. The header carries the revision only.
 pub fn range(view: &View, storage: &dyn Storage, req: &RangeRequest) -> Result<RangeResponse, Error> {
     State::of(view, &StorageRows(storage)).range(req)
+}
+
+/// As [`range`], but fails with [`Error::TooLong`] instead of reading more than `bounds`.
+pub fn range_within(
+    view: &View,
+    storage: &dyn Storage,
+    bounds: Bounds,
+    req: &RangeRequest,
+) -> Result<RangeResponse, Error> {
+    State::of(view, &StorageRows(storage)).within(bounds).range(req)
+}
+
+/// About how many bytes [`range`] holds while it makes its answer. Looks at the index alone.
+pub fn weight(view: &View, req: &RangeRequest) -> usize {
+    let range = KeyRange::new(&req.key, &req.range_end);
+    let at = if req.revision > 0 { req.revision.min(view.revision) } else { view.revision };
+    let (mut picks, mut bytes) = (0, 0);
+    if !req.count_only && !range.is_empty() {
+        view.index.visit(range, at, &mut |key, meta| {
+            if passes(req, &meta) {
+                picks += 1;
+                bytes += answer_bytes(req, key, &meta);
+            }
+            true
+        });
+    }
+    let kept = match usize::try_from(req.limit) {
+        // Sorting by value needs all of them.
+        Ok(limit) if (1..picks).contains(&limit) && !is_sorted_by_value(req) => bytes / picks * limit,
+        _ => bytes,
+    };
+    picks * size_of::<Pick>() + kept
+}
+
+/// How much a read may look at.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds {
+    pub keys: usize,
+    /// Of the rows it needs, or of the keys where it needs no rows.
+    pub bytes: usize,
 }
 
 /// The stored record of a put, `None` if it is not there (any more).
@@ -91,11 +134,30 @@ pub(super) struct State<'a> {
     /// Newest revision whose changes the index holds.
     pub revision: i64,
     pub compact_revision: i64,
+    /// What may still be looked at; `None`: all.
+    left: Option<Cell<Bounds>>,
 }
 
 impl<'a> State<'a> {
+    pub fn new(index: &'a Index, rows: &'a dyn Rows, revision: i64, compact_revision: i64) -> Self {
+        Self { index, rows, revision, compact_revision, left: None }
+    }
+
     pub fn of(view: &'a View, rows: &'a dyn Rows) -> Self {
-        Self { index: &view.index, rows, revision: view.revision, compact_revision: view.compact_revision }
+        Self::new(&view.index, rows, view.revision, view.compact_revision)
+    }
+
+    pub fn within(self, bounds: Bounds) -> Self {
+        Self { left: Some(Cell::new(bounds)), ..self }
+    }
+
+    /// Counts one more key looked at, and `bytes` that it adds to what is read. False: that is too much.
+    pub fn may_look(&self, bytes: usize) -> bool {
+        let Some(left) = &self.left else { return true };
+        let Bounds { keys, bytes: room } = left.get();
+        let (Some(keys), Some(room)) = (keys.checked_sub(1), room.checked_sub(bytes)) else { return false };
+        left.set(Bounds { keys, bytes: room });
+        true
     }
 
     /// The revision a range reads at.
@@ -120,6 +182,9 @@ impl<'a> State<'a> {
             if let Some(meta) = self.index.get(&req.key, at) {
                 answer.count = 1;
                 if passes(req, &meta) {
+                    if !self.may_look(answer_bytes(req, &req.key, &meta)) {
+                        return Err(Error::TooLong);
+                    }
                     answer.kvs = self.records(req, vec![Pick { key: req.key.clone(), meta }])?;
                 }
             }
@@ -135,14 +200,26 @@ impl<'a> State<'a> {
         let stop = if plan.stops_early { limit.saturating_add(1) } else { usize::MAX };
         let mut picks = Vec::new();
         let mut seen = 0;
+        let mut too_long = false;
         self.index.visit(range, at, &mut |key, meta| {
             seen += 1;
-            if passes(req, &meta) {
+            let is_picked = passes(req, &meta);
+            // The key that only tells that there are more is not read.
+            let only_tells = plan.stops_early && seen > limit;
+            let bytes = if is_picked { answer_bytes(req, key, &meta) } else { 0 };
+            too_long = !only_tells && !self.may_look(bytes);
+            if too_long {
+                return false;
+            }
+            if is_picked {
                 let key = if req.keys_only { Bytes::copy_from_slice(key) } else { Bytes::new() };
                 picks.push(Pick { key, meta });
             }
             seen < stop
         });
+        if too_long {
+            return Err(Error::TooLong);
+        }
         answer.count = if seen < stop { seen as i64 } else { self.count(range, at) };
         answer.more = picks.len() > limit;
 
@@ -226,6 +303,14 @@ impl Pick {
         .to_raw()
     }
 }
+
+/// What a key adds to what an answer holds.
+fn answer_bytes(req: &RangeRequest, key: &[u8], meta: &KeyMeta) -> usize {
+    if req.keys_only && !is_sorted_by_value(req) { key.len() + KEY_RECORD_BYTES } else { meta.row_bytes as usize }
+}
+
+/// A key's record without its value, at most, beside the key: three numbers and five field heads.
+const KEY_RECORD_BYTES: usize = 48;
 
 pub(super) fn decode(raw: &RawKeyValue) -> Result<KeyValue, Error> {
     raw.decode_record().map_err(Error::damaged)
@@ -346,8 +431,31 @@ impl RangeCursor {
         self.count
     }
 
+    /// Whether the limit leaves keys out.
+    pub fn more(&self) -> bool {
+        self.more
+    }
+
     pub fn is_done(&self) -> bool {
         self.done
+    }
+
+    /// Bytes of the records of all keys still to come as they stand in an encoded answer. Looks at the index alone.
+    pub fn encoded_bytes(&self, view: &View) -> u64 {
+        let (mut left, mut bytes) = (self.left, 0);
+        if left > 0 {
+            view.index.visit(KeyRange::new(&self.next_key, &self.range_end), self.revision, &mut |key, meta| {
+                let record = if self.keys_only {
+                    Pick { key: Bytes::copy_from_slice(key), meta }.into_key_record().0.len()
+                } else {
+                    meta.row_bytes as usize - ROW_KEY_LEN
+                };
+                bytes += (1 + prost::length_delimiter_len(record) + record) as u64;
+                left -= 1;
+                left > 0
+            });
+        }
+        bytes
     }
 
     /// The next keys, at least one unless the whole range has none. The last chunk alone has header, `more` and
@@ -372,7 +480,7 @@ impl RangeCursor {
         if take > 0 {
             let range = KeyRange::new(&self.next_key, &self.range_end);
             view.index.visit(range, self.revision, &mut |key, meta| {
-                bytes += meta.row_bytes as usize;
+                bytes += if self.keys_only { key.len() + KEY_RECORD_BYTES } else { meta.row_bytes as usize };
                 if !picks.is_empty() && bytes > max_bytes {
                     return false;
                 }

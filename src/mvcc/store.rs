@@ -52,6 +52,7 @@ pub struct Store {
     batch: WriteBatch,
     changes: Vec<Change>,
     pending: Pending,
+    pub(super) tally: Tally,
 }
 
 /// Clean-up after a compaction, as far as it has come.
@@ -82,10 +83,26 @@ impl Pending {
     }
 }
 
+/// Operations done, as etcd counts them: every look at a range, those of compares and for `prev_kv` included.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    pub ranges: u64,
+    pub puts: u64,
+    /// Key and value bytes of the puts.
+    pub put_bytes: u64,
+    pub deletes: u64,
+    /// Requests, or the reading and the writing half of one, with more than one operation.
+    pub txns: u64,
+    /// Rows that clean-up has removed.
+    pub cleaned: u64,
+}
+
 /// One write in progress: all its changes have the same main revision.
 pub(super) struct Write {
     main: i64,
     changes: i64,
+    /// Looks at ranges, puts and deletes so far.
+    pub operations: u64,
 }
 
 impl Write {
@@ -161,6 +178,7 @@ impl Store {
             batch: WriteBatch::default(),
             changes: Vec::new(),
             pending: Pending::default(),
+            tally: Tally::default(),
         })
     }
 
@@ -208,8 +226,16 @@ impl Store {
         self.pending.rows.drain(..upto);
     }
 
+    /// What was done since the last call.
+    pub fn take_tally(&mut self) -> Tally {
+        std::mem::take(&mut self.tally)
+    }
+
     pub fn put(&mut self, req: &PutRequest, leases: &mut dyn Leases) -> Result<PutResponse, Error> {
-        self.check_put(req, leases)?;
+        if let Err(e) = self.check_put(req, leases) {
+            self.tally.ranges += u64::from(matches!(e, Error::KeyNotFound));
+            return Err(e);
+        }
         let mut write = self.begin();
         let response = self.put_in(&mut write, req, leases)?;
         self.end(write);
@@ -237,6 +263,8 @@ impl Store {
             }
         }
         let deleted = write.changes as usize;
+        self.tally.deletes += deleted as u64;
+        write.operations += deleted as u64;
         self.end(write);
         deleted
     }
@@ -251,6 +279,8 @@ impl Store {
         }
         let previous = std::mem::replace(&mut self.compact_revision, revision);
         self.hashing.get_or_insert(Hashing::Due { at: revision, previous });
+        // etcd looks a key up for the revision of its answer.
+        self.tally.ranges += 1;
         self.batch.put(Bucket::Meta, SCHEDULED_COMPACT_KEY, Revision::new(revision, 0).to_row_key(false));
         // A clean-up under way begins anew: what it has still to do, the later compaction condemns as well.
         self.cleaning = Some(Cleaning { at: revision, cursor: Bytes::new() });
@@ -308,6 +338,7 @@ impl Store {
             None => self.cleaning = None,
         }
         removed.sort_unstable();
+        self.tally.cleaned += removed.len() as u64;
         for (rev, tombstone, row_bytes) in removed {
             self.batch.delete(Bucket::Key, rev.to_row_key(tombstone));
             let bytes = u64::from(row_bytes) + Sizes::ROW_OVERHEAD;
@@ -322,10 +353,11 @@ impl Store {
     }
 
     pub(super) fn begin(&self) -> Write {
-        Write { main: self.revision + 1, changes: 0 }
+        Write { main: self.revision + 1, changes: 0, operations: 0 }
     }
 
     pub(super) fn end(&mut self, write: Write) {
+        self.tally.txns += u64::from(write.operations > 1);
         self.revision = write.revision();
     }
 
@@ -335,7 +367,7 @@ impl Store {
 
     /// What a reader inside a write sees.
     pub(super) fn state<'a>(&'a self, revision: i64, rows: &'a WriterRows<'a>) -> State<'a> {
-        State { index: &self.index, rows, revision, compact_revision: self.compact_revision }
+        State::new(&self.index, rows, revision, self.compact_revision)
     }
 
     pub(super) fn check_put(&self, req: &PutRequest, leases: &dyn Leases) -> Result<(), Error> {
@@ -358,6 +390,10 @@ impl Store {
         let old = self.index.get(&req.key, i64::MAX);
         let mut prev_kv = None;
         let (mut value, mut lease) = (req.value.clone(), req.lease);
+        let looks = u64::from(req.prev_kv || req.ignore_value || req.ignore_lease);
+        self.tally.ranges += looks;
+        self.tally.puts += 1;
+        write.operations += looks + 1;
         if let Some(old) = old.filter(|_| req.prev_kv || req.ignore_value || req.ignore_lease) {
             let raw = self.rows().row(old.modified)?;
             if req.ignore_value || req.ignore_lease {
@@ -372,6 +408,7 @@ impl Store {
             prev_kv = req.prev_kv.then_some(raw);
         }
 
+        self.tally.put_bytes += (req.key.len() + value.len()) as u64;
         let rev = write.next();
         let (create_revision, version) = old.map_or((rev.main, 1), |old| (old.created, old.version + 1));
         let record = KeyValue { key: req.key.clone(), create_revision, mod_revision: rev.main, version, value, lease };
@@ -409,6 +446,9 @@ impl Store {
                 true
             });
         }
+        self.tally.ranges += u64::from(req.prev_kv);
+        self.tally.deletes += 1;
+        write.operations += u64::from(req.prev_kv) + 1;
         let mut response = DeleteRangeResponse { deleted: doomed.len() as i64, ..Default::default() };
         if req.prev_kv {
             let rows = self.rows();

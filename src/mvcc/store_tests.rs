@@ -5,11 +5,11 @@ use bytes::Bytes;
 use super::{
     Error, KeyRange, Revision,
     hash::{HashKv, hash_all, hash_kv, scan_kv},
-    range::{RangeCursor, range as read},
+    range::{Bounds, RangeCursor, range as read, range_within, weight},
     replay::{self, Limit},
     store::{FINISHED_COMPACT_KEY, SCHEDULED_COMPACT_KEY},
     test_support::*,
-    txn::{is_read_only, put_cost, quota_cost, txn_cost, txn_read_only},
+    txn::{is_read_only, put_cost, quota_cost, txn_cost, txn_read_only, txn_read_only_within},
 };
 use crate::{
     pb::etcdserverpb::{
@@ -446,6 +446,47 @@ fn from_key_delete_and_put_run_in_list_order() {
     assert_eq!((changes[0].prev, changes[1].prev), (None, None));
 }
 
+// KV-41, KV-58, KV-65: what etcd's own check misses ends etcd's process; here it is an absent key like any other.
+#[test]
+fn put_that_keeps_what_its_txn_deletes_before_it_finds_no_key() {
+    let keep_value = || op(PutRequest { ignore_value: true, ..put("b", "") });
+    let keep_lease = || op(PutRequest { ignore_lease: true, ..put("b", "") });
+    let nested = |ops| op(txn(vec![], ops, vec![op(delete("b", ""))]));
+    for delete in [delete("b", "\0"), delete("a", "c"), delete("b", "")] {
+        let first = || op(delete.clone());
+        for keep in [keep_value, keep_lease] {
+            let refused = [
+                vec![first(), keep()],
+                vec![nested(vec![first()]), keep()],
+                vec![first(), nested(vec![keep()])],
+                vec![nested(vec![nested(vec![first()])]), nested(vec![keep()])],
+            ];
+            for ops in refused {
+                let mut w = World::with_leases(&[1]);
+                w.store.put(&put_leased("b", "1", 1), &mut w.leases).unwrap();
+                w.commit();
+                let before = (w.store.sizes(), w.store.revision(), w.leases.clone());
+                let err = w.store.txn(&txn(vec![], ops, vec![]), &mut w.leases).unwrap_err();
+                assert_eq!(err.to_string(), "key not found");
+                let (batch, changes) = w.store.take_batch();
+                assert!(batch.is_empty() && changes.is_empty());
+                assert_eq!((w.store.sizes(), w.store.revision(), w.leases.clone()), before);
+            }
+        }
+    }
+
+    // A delete that comes later, in a branch not taken, or elsewhere is in nobody's way.
+    for ops in [
+        vec![keep_value(), op(delete("b", "\0"))],
+        vec![nested(vec![]), keep_value()],
+        vec![op(delete("b\0", "\0")), keep_value()],
+    ] {
+        let mut w = World::new();
+        w.put("b", "1");
+        w.store.txn(&txn(vec![], ops, vec![]), &mut w.leases).unwrap();
+    }
+}
+
 // KV-67, KV-68
 #[test]
 fn only_flat_ranges_are_read_only() {
@@ -458,11 +499,87 @@ fn only_flat_ranges_are_read_only() {
     let mut w = World::new();
     w.put("a", "1");
     let req = txn(vec![compare("a", "", 0, Value("1".into()))], vec![op(range("a", "")), op(at("a", "", -1))], vec![]);
-    let answer = txn_read_only(&w.store.view(), &*w.storage, &req).unwrap();
+    let (answer, looks) = txn_read_only(&w.store.view(), &*w.storage, &req).unwrap();
+    assert_eq!(looks, 3);
     assert_eq!((answer.succeeded, answer.header.unwrap().revision, answer.responses.len()), (true, 2, 2));
     assert_eq!(header_revision(&answer.responses[0]), 2);
     let future = txn(vec![], vec![op(at("a", "", 3))], vec![]);
     assert!(matches!(txn_read_only(&w.store.view(), &*w.storage, &future), Err(Error::FutureRev)));
+}
+
+#[test]
+fn operations_are_counted_as_etcd_counts_them() {
+    let mut w = World::with_leases(&[1]);
+    let mut counted = |act: &dyn Fn(&mut World)| {
+        act(&mut w);
+        let tally = w.store.take_tally();
+        (tally.ranges, tally.puts, tally.deletes, tally.txns)
+    };
+    let run = |w: &mut World, req: PutRequest| _ = w.store.put(&req, &mut w.leases);
+    assert_eq!(counted(&|w| run(w, put("a", "1"))), (0, 1, 0, 0));
+    assert_eq!(counted(&|w| run(w, PutRequest { prev_kv: true, ..put("a", "1") })), (1, 1, 0, 1));
+    assert_eq!(counted(&|w| run(w, PutRequest { ignore_value: true, ..put("a", "") })), (1, 1, 0, 1));
+    assert_eq!(counted(&|w| run(w, PutRequest { ignore_value: true, ..put("no", "") })), (1, 0, 0, 0));
+    // A compare that fails, and three operations.
+    let ops = vec![op(put("a", "6")), op(range("a", "")), op(delete("none", ""))];
+    let req = txn(vec![compare("a", "", 0, Version(9)), compare("a", "", 0, Version(1))], vec![], ops);
+    assert_eq!(counted(&|w| _ = w.txn(req.clone()).unwrap()), (2, 1, 1, 1));
+    // Both halves of it have more than one: two compares, and a put that is looked up before and while it runs.
+    let holds = || compare("a", "", 0, Version(4));
+    let keep = op(PutRequest { ignore_value: true, ..put("a", "") });
+    let req = txn(vec![holds(), holds()], vec![op(txn(vec![holds()], vec![keep], vec![]))], vec![]);
+    assert_eq!(counted(&|w| _ = w.txn(req.clone()).unwrap()), (3 + 1 + 1, 1, 0, 2));
+    let delete = DeleteRangeRequest { prev_kv: true, ..delete("a", "\0") };
+    assert_eq!(counted(&|w| _ = w.store.delete_range(&delete, &mut w.leases)), (1, 0, 1, 1));
+}
+
+#[test]
+fn read_beyond_its_bounds_is_given_up_before_a_row_is_read() {
+    let mut w = World::new();
+    for key in ["a", "b", "c", "d"] {
+        w.put(key, "value");
+    }
+    // Row key and record.
+    let row = 17 + w.range(&range("a", "")).unwrap().kvs[0].0.len();
+    let view = w.store.view();
+    let all = range("a", "\0");
+    let sorted = RangeRequest { sort_order: 2, limit: 1, ..all.clone() };
+    let keys_only = RangeRequest { keys_only: true, ..all.clone() };
+    let limited = RangeRequest { limit: 3, ..all.clone() };
+    let filtered = RangeRequest { min_mod_revision: 5, ..all.clone() };
+    let none = RangeRequest { count_only: true, ..all.clone() };
+    let short = |req: &RangeRequest, keys, bytes| {
+        let bounds = Bounds { keys, bytes };
+        let once = txn(vec![], vec![op(req.clone())], vec![]);
+        let twice = txn(vec![], vec![op(req.clone()), op(req.clone())], vec![]);
+        let in_txn = |txn| txn_read_only_within(&view, &*w.storage, bounds, txn);
+        match range_within(&view, &*w.storage, bounds, req) {
+            Ok(found) => {
+                assert_eq!(found, read(&view, &*w.storage, req).unwrap());
+                assert!(in_txn(&once).is_ok());
+                assert!(in_txn(&twice).is_err() || req.count_only, "all ranges of a transaction share the bounds");
+                true
+            }
+            Err(Error::TooLong) => !matches!(in_txn(&once), Err(Error::TooLong)),
+            Err(e) => panic!("{e}"),
+        }
+    };
+    for (req, keys, bytes) in [
+        (&all, 4, 4 * row),
+        (&sorted, 4, 4 * row),
+        // The key beyond the limit is not read.
+        (&limited, 3, 3 * row),
+        (&filtered, 4, row),
+    ] {
+        assert!(short(req, keys, bytes), "{req:?}");
+        assert!(!short(req, keys - 1, bytes) && !short(req, keys, bytes - 1), "{req:?}");
+    }
+    assert!(short(&keys_only, 4, 4 * row + 100) && !short(&keys_only, 3, 4 * row + 100));
+    assert!(short(&none, 0, 0));
+    let compare = txn(vec![compare("a", "\0", 0, Version(1))], vec![], vec![]);
+    let within = |keys| txn_read_only_within(&view, &*w.storage, Bounds { keys, bytes: 0 }, &compare);
+    assert!(within(4).is_ok() && matches!(within(3), Err(Error::TooLong)));
+    assert!(weight(&view, &all) >= 4 * row && weight(&view, &none) == 0);
 }
 
 // KV-69, KV-70

@@ -7,7 +7,7 @@ use super::{
     KeyRange,
     error::Error,
     index::KeyMeta,
-    range::{State, StorageRows, decode, header},
+    range::{self, Bounds, State, StorageRows, decode, header},
     store::{Leases, Store, Write},
     view::View,
 };
@@ -27,15 +27,41 @@ pub fn is_read_only(req: &TxnRequest) -> bool {
     req.success.iter().chain(&req.failure).all(|op| matches!(op.request, Some(Request::RequestRange(_)) | None))
 }
 
-/// Answers a read-only transaction from a view. The header carries the revision only.
-pub fn txn_read_only(view: &View, storage: &dyn Storage, req: &TxnRequest) -> Result<TxnResponse, Error> {
+/// Answers a read-only transaction from a view, and how many ranges it has looked at. The header carries the revision
+/// only.
+pub fn txn_read_only(view: &View, storage: &dyn Storage, req: &TxnRequest) -> Result<(TxnResponse, u64), Error> {
+    read_only(&State::of(view, &StorageRows(storage)), req)
+}
+
+/// As [`txn_read_only`], but fails with [`Error::TooLong`] instead of reading more than `bounds`.
+pub fn txn_read_only_within(
+    view: &View,
+    storage: &dyn Storage,
+    bounds: Bounds,
+    req: &TxnRequest,
+) -> Result<(TxnResponse, u64), Error> {
+    read_only(&State::of(view, &StorageRows(storage)).within(bounds), req)
+}
+
+/// About how many bytes [`txn_read_only`] holds while it makes its answer, whichever branch it takes.
+pub fn weight(view: &View, req: &TxnRequest) -> usize {
+    let branch = |ops: &[RequestOp]| -> usize {
+        ops.iter()
+            .map(|op| match &op.request {
+                Some(Request::RequestRange(req)) => range::weight(view, req),
+                _ => 0,
+            })
+            .sum()
+    };
+    branch(&req.success).max(branch(&req.failure))
+}
+
+fn read_only(state: &State<'_>, req: &TxnRequest) -> Result<(TxnResponse, u64), Error> {
     debug_assert!(is_read_only(req));
-    let rows = StorageRows(storage);
-    let state = State::of(view, &rows);
-    let branch = Branch::select(&state, req)?;
+    let branch = Branch::select(state, req)?;
     for op in branch.ops(req) {
         if let Some(Request::RequestRange(range)) = &op.request {
-            check_range(&state, range)?;
+            check_range(state, range)?;
         }
     }
     let mut responses = Vec::new();
@@ -44,7 +70,8 @@ pub fn txn_read_only(view: &View, storage: &dyn Storage, req: &TxnRequest) -> Re
             responses.push(ResponseOp { response: Some(Response::ResponseRange(state.range(range)?)) });
         }
     }
-    Ok(TxnResponse { header: header(view.revision), succeeded: branch.succeeded, responses })
+    let looks = branch.compared + responses.len() as u64;
+    Ok((TxnResponse { header: header(state.revision), succeeded: branch.succeeded, responses }, looks))
 }
 
 /// What a request counts against the space quota before it is applied; 0 always passes.
@@ -85,7 +112,11 @@ impl Store {
         let rows = self.rows();
         let state = self.state(self.revision, &rows);
         let branch = Branch::select(&state, req)?;
-        self.check(&state, req, &branch, leases)?;
+        let mut checks = Checks { deleted: Vec::new(), looks: 0 };
+        self.check(&state, req, &branch, leases, &mut checks)?;
+        let looks = branch.compared + checks.looks;
+        self.tally.ranges += looks;
+        self.tally.txns += u64::from(looks > 1);
 
         let mut write = self.begin();
         let mut response = self.execute(&mut write, req, &branch, leases)?;
@@ -95,16 +126,32 @@ impl Store {
     }
 
     /// Whether every operation that will run can run, judged by the state before the transaction.
-    fn check(&self, state: &State<'_>, req: &TxnRequest, branch: &Branch, leases: &dyn Leases) -> Result<(), Error> {
+    fn check<'r>(
+        &self,
+        state: &State<'_>,
+        req: &'r TxnRequest,
+        branch: &Branch,
+        leases: &dyn Leases,
+        checks: &mut Checks<'r>,
+    ) -> Result<(), Error> {
         let mut nested = branch.nested.iter();
         for op in branch.ops(req) {
             match &op.request {
                 Some(Request::RequestRange(range)) => check_range(state, range)?,
-                Some(Request::RequestPut(put)) => self.check_put(put, leases)?,
-                Some(Request::RequestTxn(txn)) => {
-                    self.check(state, txn, nested.next().expect("one for each nested transaction"), leases)?;
+                Some(Request::RequestPut(put)) => {
+                    self.check_put(put, leases)?;
+                    let keeps = put.ignore_value || put.ignore_lease;
+                    if keeps && checks.deleted.iter().any(|range| range.contains(&put.key)) {
+                        return Err(Error::KeyNotFound);
+                    }
+                    checks.looks += u64::from(keeps || put.prev_kv);
                 }
-                Some(Request::RequestDeleteRange(_)) | None => {}
+                Some(Request::RequestTxn(txn)) => {
+                    let branch = nested.next().expect("one for each nested transaction");
+                    self.check(state, txn, branch, leases, checks)?;
+                }
+                Some(Request::RequestDeleteRange(r)) => checks.deleted.push(KeyRange::new(&r.key, &r.range_end)),
+                None => {}
             }
         }
         Ok(())
@@ -123,6 +170,8 @@ impl Store {
         for op in branch.ops(req) {
             let response = match &op.request {
                 Some(Request::RequestRange(range)) => {
+                    self.tally.ranges += 1;
+                    write.operations += 1;
                     let rows = self.rows();
                     Some(Response::ResponseRange(self.state(write.revision(), &rows).range(range)?))
                 }
@@ -144,6 +193,15 @@ impl Store {
     }
 }
 
+/// What [`Store::check`] carries along.
+struct Checks<'r> {
+    /// What the operations so far delete: a put that keeps a part of its record cannot have it from there. Structure
+    /// checks refuse such pairs before they are replicated, but for deletes from a key on (KV-65).
+    deleted: Vec<KeyRange<'r>>,
+    /// Records looked up.
+    looks: u64,
+}
+
 /// A range inside a transaction may name any revision that is readable before it. Unlike in a range of its own, a
 /// negative number counts as a revision (KV-57).
 fn check_range(state: &State<'_>, range: &RangeRequest) -> Result<(), Error> {
@@ -158,14 +216,17 @@ fn check_range(state: &State<'_>, range: &RangeRequest) -> Result<(), Error> {
 /// What the compares decided, for a transaction and the nested ones that will run.
 struct Branch {
     succeeded: bool,
+    /// Compares that were looked at, nested ones included.
+    compared: u64,
     /// For each nested transaction of the selected branch, in order.
     nested: Vec<Branch>,
 }
 
 impl Branch {
     fn select(state: &State<'_>, req: &TxnRequest) -> Result<Self, Error> {
-        let mut branch = Branch { succeeded: true, nested: Vec::new() };
+        let mut branch = Branch { succeeded: true, compared: 0, nested: Vec::new() };
         for compare in &req.compare {
+            branch.compared += 1;
             if !holds(state, compare)? {
                 branch.succeeded = false;
                 break;
@@ -173,7 +234,9 @@ impl Branch {
         }
         for op in branch.ops(req) {
             if let Some(Request::RequestTxn(txn)) = &op.request {
-                branch.nested.push(Branch::select(state, txn)?);
+                let nested = Branch::select(state, txn)?;
+                branch.compared += nested.compared;
+                branch.nested.push(nested);
             }
         }
         Ok(branch)
@@ -191,10 +254,15 @@ fn holds(state: &State<'_>, compare: &Compare) -> Result<bool, Error> {
     if range.is_single() {
         metas.extend(state.index.get(&compare.key, i64::MAX));
     } else if !range.is_empty() {
+        let mut too_long = false;
         state.index.visit(range, i64::MAX, &mut |_, meta| {
             metas.push(meta);
-            true
+            too_long = !state.may_look(0);
+            !too_long
         });
+        if too_long {
+            return Err(Error::TooLong);
+        }
     }
     if metas.is_empty() {
         return Ok(compare.target != CompareTarget::Value as i32 && verdict(compare, 0.cmp(&number(compare))));

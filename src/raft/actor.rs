@@ -118,8 +118,8 @@ impl Actor for RaftActor {
             }
             Control::Compact(index) => self.core.compact(index),
             Control::Transfer { to } => self.core.transfer(to),
-            Control::Progress(answer) => {
-                let _ = answer.send(self.core.progress());
+            Control::Inspect(answer) => {
+                let _ = answer.send(self.core.inspect());
             }
             Control::LogFailed => panic!("the write-ahead log failed"),
             Control::Stop(done) => {

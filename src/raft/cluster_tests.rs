@@ -8,7 +8,7 @@ use prost::Message as _;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use tokio::sync::oneshot;
 
-use super::{Core, Options, Output, Proposal, ReadRequest, Room, core::Recovered};
+use super::{Core, Output, Proposal, ReadRequest, Room, core::Recovered, tests::options};
 use crate::{
     actor::Gate,
     apply::{ConfChanged, Error, Outcome, Reply, Response, Ticket},
@@ -41,19 +41,6 @@ struct Cluster {
     now: Instant,
     ids: u64,
     answers: Vec<(u64, oneshot::Receiver<Outcome>)>,
-}
-
-fn options(id: u64) -> Options {
-    Options {
-        id,
-        election_ticks: 10,
-        heartbeat_ticks: 1,
-        pre_vote: true,
-        apply_lag_max: 5_000,
-        catch_up_entries: 5,
-        catch_up_bytes: 1 << 20,
-        seed: id.wrapping_mul(0x1234_5678_9abc_def1),
-    }
 }
 
 fn node(id: u64, voters: &[u64]) -> Node {

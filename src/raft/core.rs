@@ -11,7 +11,7 @@ use raft::{
 };
 
 use super::{
-    Answer, Append, Committed, Install, Progress, Proposal, Reading, convert,
+    Answer, Append, Committed, Inspection, Install, Progress, Proposal, Reading, convert,
     held::Held,
     log::MemLog,
     reads::{ReadRequest, Reads},
@@ -120,6 +120,8 @@ pub struct Core {
     /// The snapshot that apply has not taken on yet.
     installing: bool,
     snapshots_out: HashMap<u64, SnapshotOut>,
+    /// What others may have been told before this member was alone, and acknowledged.
+    alone_from: u64,
     ticks: u64,
     stopping: bool,
 }
@@ -184,6 +186,7 @@ impl Core {
             installed_index: 0,
             installing: false,
             snapshots_out: HashMap::new(),
+            alone_from: 0,
             ticks: 0,
             stopping: false,
         })
@@ -291,6 +294,11 @@ impl Core {
         self.node.raft.prs().conf().voters().ids().iter().eq([self.options.id])
     }
 
+    /// Nobody else is told of anything.
+    fn is_alone(&self) -> bool {
+        self.is_sole_voter() && self.node.raft.prs().conf().learners().is_empty()
+    }
+
     /// A sole voter need not wait for an election timeout: nobody else can lead.
     pub fn campaign_alone(&mut self) {
         let raft = &self.node.raft;
@@ -320,6 +328,7 @@ impl Core {
         } else {
             assert!(done.index <= self.installed_index, "apply answered another membership change");
         }
+        let was_alone = self.is_alone();
         // A snapshot taken in meanwhile has the change in its configuration.
         if done.index > self.installed_index {
             if let Some((kind, node_id)) = done.change
@@ -329,6 +338,9 @@ impl Core {
                     Ok(state) => self.node.mut_store().conf_state = state,
                     Err(e) => panic!("a recorded membership change is refused by raft: {e}"),
                 }
+            }
+            if self.is_alone() && !was_alone {
+                self.alone_from = self.node.raft.raft_log.committed;
             }
             self.applied(done.index);
             let raft = &mut self.node.raft;
@@ -723,7 +735,8 @@ impl Core {
             last_index: raft.raft_log.last_index(),
             is_leader: raft.state == StateRole::Leader,
             is_learner: conf.learners().contains(&self.options.id),
-            sole_voter: self.is_sole_voter(),
+            is_alone: self.is_alone(),
+            alone_from: self.alone_from,
         }
     }
 
@@ -757,8 +770,27 @@ impl Core {
         self.node.store().bytes()
     }
 
-    /// Each member's place in the log, this one's included; empty unless this member leads.
-    pub fn progress(&self) -> Vec<Progress> {
+    pub fn inspect(&self) -> Inspection {
+        let raft = &self.node.raft;
+        let role = match raft.state {
+            StateRole::Follower => "StateFollower",
+            StateRole::Candidate => "StateCandidate",
+            StateRole::Leader => "StateLeader",
+            StateRole::PreCandidate => "StatePreCandidate",
+        };
+        Inspection {
+            id: raft.id,
+            term: raft.term,
+            vote: raft.vote,
+            commit: raft.raft_log.committed,
+            leader: raft.leader_id,
+            role,
+            transferee: raft.lead_transferee.unwrap_or(0),
+            progress: self.progress(),
+        }
+    }
+
+    fn progress(&self) -> Vec<Progress> {
         if self.node.raft.state != StateRole::Leader {
             return Vec::new();
         }

@@ -124,10 +124,26 @@ pub enum Control {
     /// Hand leadership over to this voter (0: the one that is best prepared). Refused silently if this member does not
     /// lead: who asks watches the status.
     Transfer { to: u64 },
-    /// Each other member's place in the log, as the leader knows it; empty on others.
-    Progress(tokio::sync::oneshot::Sender<Vec<Progress>>),
+    /// What raft knows of itself and the others.
+    Inspect(tokio::sync::oneshot::Sender<Inspection>),
     /// Stop taking work, fail what waits, hand over what is ready, end; then tell.
     Stop(std::sync::mpsc::SyncSender<()>),
+}
+
+/// Raft's state in one moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Inspection {
+    pub id: u64,
+    pub term: u64,
+    pub vote: u64,
+    pub commit: u64,
+    /// 0: none known.
+    pub leader: u64,
+    pub role: &'static str,
+    /// Who is to lead next; 0: nobody in particular.
+    pub transferee: u64,
+    /// Each member's place in the log, this one's included; empty unless this member leads.
+    pub progress: Vec<Progress>,
 }
 
 /// How far another member's log has come.

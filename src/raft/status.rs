@@ -20,7 +20,8 @@ pub struct Status {
     last_index: AtomicU64,
     is_leader: AtomicBool,
     is_learner: AtomicBool,
-    sole_voter: AtomicBool,
+    is_alone: AtomicBool,
+    alone_from: AtomicU64,
     pub leader_changes: AtomicU64,
     pub proposals_pending: AtomicU64,
     pub proposals_failed: AtomicU64,
@@ -50,8 +51,10 @@ pub struct Reading {
     pub last_index: u64,
     pub is_leader: bool,
     pub is_learner: bool,
-    /// This member is the only voter.
-    pub sole_voter: bool,
+    /// This member is the only one, learners included.
+    pub is_alone: bool,
+    /// Everything that may have been acknowledged elsewhere before it was alone is up to here.
+    pub alone_from: u64,
 }
 
 impl Status {
@@ -80,7 +83,8 @@ impl Status {
         self.is_learner.store(now.is_learner, Relaxed);
         self.leader.store(now.leader, Relaxed);
         self.is_leader.store(now.is_leader, Relaxed);
-        self.sole_voter.store(now.sole_voter, Relaxed);
+        self.alone_from.store(now.alone_from, Relaxed);
+        self.is_alone.store(now.is_alone, Relaxed);
         self.term.store(now.term, Release);
         if changed {
             self.changed.notify_waiters();
@@ -95,15 +99,17 @@ impl Status {
             last_index: self.last_index.load(Relaxed),
             is_leader: self.is_leader.load(Relaxed),
             is_learner: self.is_learner.load(Relaxed),
-            sole_voter: self.sole_voter.load(Relaxed),
+            is_alone: self.is_alone.load(Relaxed),
+            alone_from: self.alone_from.load(Relaxed),
         }
     }
 
-    /// The term this member leads alone in: then the current view is linearizable once an entry of that term is
-    /// applied, and no round is needed.
-    pub fn sole_leader_term(&self) -> Option<u64> {
+    /// The term this member leads alone in, and an index: the current view is linearizable once an entry of that term and
+    /// that index are applied, and no round is needed.
+    pub fn leads_alone(&self) -> Option<(u64, u64)> {
         let term = self.term.load(Acquire);
-        (self.is_leader.load(Relaxed) && self.sole_voter.load(Relaxed)).then_some(term)
+        let leads = self.is_leader.load(Relaxed) && self.is_alone.load(Relaxed);
+        leads.then(|| (term, self.alone_from.load(Relaxed)))
     }
 
     /// Waits until `done` holds of a reading.

@@ -3,8 +3,8 @@
 //! Written by hand rather than through a metrics facade: the hot path adds to an atomic it holds, no registry is looked up
 //! and no sample is kept until somebody reads.
 
-use std::collections::HashMap;
-use std::sync::{Arc, atomic::AtomicU64, atomic::Ordering::Relaxed};
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, atomic::AtomicU64, atomic::Ordering::Relaxed};
 use std::time::Duration;
 
 use prost::Message;
@@ -70,6 +70,8 @@ const HASH_BOUNDS: &[f64] =
     &[0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92, 163.84];
 const BACKUP_BOUNDS: &[f64] =
     &[0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92, 163.84, 327.68, 655.36];
+/// The usual bounds of a call's time.
+const HANDLING_BOUNDS: &[f64] = &[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
 const DEFRAG_BOUNDS: &[f64] = &[0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 51.2, 102.4, 204.8, 409.6];
 const SNAPSHOT_BOUNDS: &[f64] = &[0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 51.2];
 /// 1 s to 97 days, doubling.
@@ -121,12 +123,50 @@ pub struct RpcMethod {
     /// `unary`, `server_stream`, `bidi_stream`.
     pub kind: &'static str,
     pub started: AtomicU64,
-    /// By gRPC code; streams are counted here only if they were refused at their start.
+    /// By gRPC code, at the end of the call.
     pub handled: [AtomicU64; 17],
+    pub received: Traffic,
+    pub sent: Traffic,
+    /// Times of whole calls, where they are asked for.
+    pub handling: Option<Histogram>,
+}
+
+/// Messages one way, and their bytes.
+#[derive(Debug, Default)]
+pub struct Traffic {
+    pub messages: AtomicU64,
+    pub bytes: AtomicU64,
+}
+
+/// Calls by what their client says its version is.
+#[derive(Debug, Default)]
+pub struct Clients([OnceLock<(String, [AtomicU64; 2])>; VERSIONS_MAX]);
+
+/// Clients may say anything; versions beyond these are counted with the last.
+const VERSIONS_MAX: usize = 32;
+
+impl Clients {
+    pub fn called(&self, version: &str, is_stream: bool) {
+        for (n, slot) in self.0.iter().enumerate() {
+            let (name, counts) = slot.get_or_init(|| (version.to_owned(), Default::default()));
+            if name == version || n + 1 == VERSIONS_MAX {
+                counts[usize::from(is_stream)].fetch_add(1, Relaxed);
+                return;
+            }
+        }
+    }
+
+    /// Kind, version and calls.
+    pub fn iter(&self) -> impl Iterator<Item = (&'static str, &str, u64)> {
+        let versions = self.0.iter().filter_map(OnceLock::get);
+        versions.flat_map(|(version, counts)| {
+            ["unary", "stream"].iter().zip(counts).map(|(kind, count)| (*kind, version.as_str(), count.load(Relaxed)))
+        })
+    }
 }
 
 impl RpcCounters {
-    fn new() -> Self {
+    fn new(timed: bool) -> Self {
         let files = FileDescriptorSet::decode(crate::pb::DESCRIPTORS).expect("compiled by the build");
         let mut methods = Vec::new();
         let mut by_path = HashMap::new();
@@ -146,6 +186,9 @@ impl RpcCounters {
                         },
                         started: 0.into(),
                         handled: Default::default(),
+                        received: Traffic::default(),
+                        sent: Traffic::default(),
+                        handling: timed.then(|| Histogram::new(HANDLING_BOUNDS)),
                     });
                 }
             }
@@ -153,9 +196,13 @@ impl RpcCounters {
         Self { methods, by_path }
     }
 
-    /// The counters of a path, if such a method exists.
-    pub fn find(&self, path: &str) -> Option<&RpcMethod> {
-        self.by_path.get(path).map(|i| &self.methods[*i])
+    /// The place of a path's counters, if such a method exists.
+    pub fn find(&self, path: &str) -> Option<usize> {
+        self.by_path.get(path).copied()
+    }
+
+    pub fn of(&self, place: usize) -> &RpcMethod {
+        &self.methods[place]
     }
 
     pub fn iter(&self) -> impl Iterator<Item = &RpcMethod> {
@@ -164,8 +211,24 @@ impl RpcCounters {
 }
 
 impl RpcMethod {
-    pub fn handled(&self, code: tonic::Code) {
+    pub fn is_stream(&self) -> bool {
+        self.kind != "unary"
+    }
+
+    pub fn handled(&self, code: tonic::Code, took: Duration) {
         self.handled[code as usize].fetch_add(1, Relaxed);
+        if let Some(times) = &self.handling {
+            times.record(took);
+        }
+    }
+}
+
+impl Traffic {
+    pub fn add(&self, messages: u64, bytes: u64) {
+        if messages + bytes > 0 {
+            self.messages.fetch_add(messages, Relaxed);
+            self.bytes.fetch_add(bytes, Relaxed);
+        }
     }
 }
 
@@ -181,6 +244,8 @@ pub struct Numbers {
     pub put_bytes: AtomicU64,
     pub deletes: AtomicU64,
     pub ranges: AtomicU64,
+    pub txns: AtomicU64,
+    pub cleaned_rows: AtomicU64,
     pub leases_granted: AtomicU64,
     pub leases_gone: AtomicU64,
     pub leases_renewed: AtomicU64,
@@ -215,8 +280,11 @@ pub struct Numbers {
     pub reads_slow: AtomicU64,
     pub reads_failed: AtomicU64,
     pub promotions: AtomicU64,
-    pub client_received_bytes: AtomicU64,
-    pub client_sent_bytes: AtomicU64,
+    /// Promotions that this leader refused, by the error's text. Rare, so a lock is fine.
+    pub promotions_refused: Mutex<BTreeMap<String, u64>>,
+    pub clients: Clients,
+    /// Streams whose requests could not be read: watches, keepalives.
+    pub streams_broken: [AtomicU64; 2],
     /// Name of a check, runs that failed, runs that went well, and the newest result.
     pub checks: [Check; 5],
     pub scrapes: AtomicU64,
@@ -244,6 +312,21 @@ impl Check {
 }
 
 impl Numbers {
+    pub fn store_did(&self, tally: &crate::mvcc::store::Tally) {
+        self.ranges.fetch_add(tally.ranges, Relaxed);
+        self.puts.fetch_add(tally.puts, Relaxed);
+        self.put_bytes.fetch_add(tally.put_bytes, Relaxed);
+        self.deletes.fetch_add(tally.deletes, Relaxed);
+        self.txns.fetch_add(tally.txns, Relaxed);
+        self.cleaned_rows.fetch_add(tally.cleaned, Relaxed);
+    }
+
+    /// `why` is one of few texts.
+    pub fn promotion_refused(&self, why: &str) {
+        let mut refused = self.promotions_refused.lock().unwrap_or_else(PoisonError::into_inner);
+        *refused.entry(why.to_owned()).or_default() += 1;
+    }
+
     pub fn check(&self, family: &str, name: &str) -> Option<&Check> {
         self.checks.iter().find(|check| check.family == family && check.name == name)
     }
@@ -251,14 +334,23 @@ impl Numbers {
 
 impl Default for Metrics {
     fn default() -> Self {
+        Self::new(false)
+    }
+}
+
+impl Metrics {
+    /// `extensive`: times of calls as well.
+    pub fn new(extensive: bool) -> Self {
         Self(Arc::new(Numbers {
-            rpcs: RpcCounters::new(),
+            rpcs: RpcCounters::new(extensive),
             health_ok: 0.into(),
             health_failed: 0.into(),
             puts: 0.into(),
             put_bytes: 0.into(),
             deletes: 0.into(),
             ranges: 0.into(),
+            txns: 0.into(),
+            cleaned_rows: 0.into(),
             leases_granted: 0.into(),
             leases_gone: 0.into(),
             leases_renewed: 0.into(),
@@ -288,8 +380,9 @@ impl Default for Metrics {
             reads_slow: 0.into(),
             reads_failed: 0.into(),
             promotions: 0.into(),
-            client_received_bytes: 0.into(),
-            client_sent_bytes: 0.into(),
+            promotions_refused: Mutex::default(),
+            clients: Clients::default(),
+            streams_broken: Default::default(),
             checks: [
                 Check::new("livez", "serializable_read"),
                 Check::new("readyz", "data_corruption"),

@@ -4,4 +4,4 @@ pub mod logs;
 mod metrics;
 pub mod requests;
 
-pub use metrics::{Histogram, HubNumbers, Metrics, Numbers};
+pub use metrics::{Histogram, HubNumbers, Metrics, Numbers, RpcMethod, Traffic};

@@ -24,7 +24,8 @@ impl Message for Append {
 pub enum Control {
     /// Write this snapshot record, drop segments below it, let raft forget the entries.
     Snapshot(walpb::Snapshot),
-    /// Sync what is buffered and end.
+    /// Sync what is buffered and end. Appends still queued are left: raft has ended before and was not told that they
+    /// are durable, so nobody was told what they hold. The log then ends as it does when the power goes.
     Stop(std::sync::mpsc::SyncSender<()>),
 }
 
@@ -172,7 +173,13 @@ impl Actor for WalActor {
 
 #[cfg(test)]
 mod tests {
+    use std::{sync::atomic::Ordering, sync::mpsc::sync_channel, time::Duration};
+
     use super::*;
+    use crate::{
+        actor::{Inbox, shell},
+        wal::{Options, sim::SimDisk, tests as log_tests},
+    };
 
     fn append(number: u64, term: u64, indexes: std::ops::RangeInclusive<u64>) -> Append {
         let entry = |index| raftpb::Entry { term: Some(term), index: Some(index), ..Default::default() };
@@ -191,5 +198,54 @@ mod tests {
         let appends = vec![append(1, 2, 5..=8), append(2, 3, 7..=7), append(3, 3, 8..=9)];
         assert_eq!(batch(appends), [(5, 2), (6, 2), (7, 3), (8, 3), (9, 3)]);
         assert_eq!(batch(vec![append(1, 2, 5..=8), append(2, 3, 4..=5)]), [(4, 3), (5, 3)]);
+    }
+
+    #[test]
+    fn stop_loses_no_append_that_raft_was_told_to_be_durable() {
+        const PATIENCE: Duration = Duration::from_secs(10);
+        for written in [0, 1, 3] {
+            let disk = SimDisk::default();
+            let options = Options { disk: Arc::new(disk.clone()), ..Options::new(log_tests::dir()) };
+            let wal = Wal::create(options.clone(), &log_tests::metadata(), &[], None).unwrap();
+            let (raft, told) = Inbox::new("raft", 1, 1);
+            let (sender, inbox) = Inbox::new("wal", 64, 1 << 20);
+            let system = actix_rt::System::new();
+            let arbiter = system.block_on(async { actix_rt::Arbiter::new() });
+            shell::spawn(&arbiter.handle(), inbox, false, move || {
+                WalActor::new(Writer::new(wal, 1, Arc::new(|_| ())), raft)
+            });
+
+            let mut durable = 0;
+            let mut hear = || {
+                while let Some(control) = told.try_recv_control() {
+                    let raft::Control::Persisted(number) = control else { panic!("{control:?}") };
+                    durable = number;
+                }
+                durable
+            };
+            for number in 1..=written {
+                sender.try_send(append(number, 1, number..=number)).unwrap();
+            }
+            let deadline = std::time::Instant::now() + PATIENCE;
+            while hear() < written {
+                assert!(std::time::Instant::now() < deadline, "the log is not written");
+                std::thread::yield_now();
+            }
+            // These are still queued when the stop comes.
+            sender.stats.controls.paused.store(true, Ordering::Relaxed);
+            for number in written + 1..=written + 3 {
+                sender.try_send(append(number, 1, number..=number)).unwrap();
+            }
+            let (done, stopped) = sync_channel(1);
+            sender.control(Control::Stop(done));
+            stopped.recv_timeout(PATIENCE).unwrap();
+            arbiter.stop();
+            arbiter.join().unwrap();
+
+            disk.crash(written);
+            let (_, recovered) = Wal::open(options).unwrap();
+            let last = recovered.entries.last().map_or(0, raftpb::Entry::index);
+            assert!(hear() >= written && last >= hear(), "told {}, written {last}", hear());
+        }
     }
 }

@@ -3,10 +3,12 @@
 use std::time::{Duration, Instant};
 
 use actd::pb::etcdserverpb::{
-    AlarmRequest, DowngradeRequest, HashKvRequest, LeaseGrantRequest, MemberAddRequest, MemberListRequest,
-    MemberPromoteRequest, MemberRemoveRequest, MemberUpdateRequest, MoveLeaderRequest, PutRequest, RangeRequest,
-    StatusRequest, TxnRequest, downgrade_request::DowngradeAction,
+    AlarmRequest, DowngradeRequest, HashKvRequest, LeaseGrantRequest, LeaseKeepAliveRequest, MemberAddRequest,
+    MemberListRequest, MemberPromoteRequest, MemberRemoveRequest, MemberUpdateRequest, MoveLeaderRequest, PutRequest,
+    RangeRequest, StatusRequest, TxnRequest, WatchCreateRequest, WatchRequest, downgrade_request::DowngradeAction,
+    watch_request::RequestUnion,
 };
+use tokio_stream::{Stream, StreamExt};
 use tonic::{Code, Request, Status};
 
 use crate::{
@@ -275,5 +277,82 @@ fn members_without_quorum_say_so() {
         while kv.range(range.clone()).await.is_err() {
             assert!(Instant::now() < deadline, "no service with two of three");
         }
+    });
+}
+
+#[test]
+fn streams_that_ask_for_a_leader_end_when_it_is_gone_for_long() {
+    // W-47, W-48, W-49
+    run(|| async {
+        let mut cluster = Cluster::start(3, &[]).await;
+        let leader = cluster.until_led().await;
+        let Client { mut watch, mut lease, .. } = cluster.members[leader].client();
+        // Requests that never end, and the metadata.
+        fn asking<T: Send + 'static>(first: T, leader: bool) -> Request<impl Stream<Item = T> + Send + 'static> {
+            let mut request = Request::new(tokio_stream::once(first).chain(tokio_stream::pending()));
+            if leader {
+                request.metadata_mut().insert("hasleader", "true".parse().expect("a value"));
+            }
+            request
+        }
+        let create = || WatchRequest {
+            request_union: Some(RequestUnion::CreateRequest(WatchCreateRequest {
+                key: "k".into(),
+                ..Default::default()
+            })),
+        };
+        let grant = lease.lease_grant(LeaseGrantRequest { ttl: 600, id: 7 }).await.expect("a lease").into_inner();
+        let renew = LeaseKeepAliveRequest { id: grant.id };
+        let mut asked = watch.watch(asking(create(), true)).await.expect("a stream").into_inner();
+        let mut patient = watch.watch(asking(create(), false)).await.expect("a stream").into_inner();
+        let mut renewals = lease.lease_keep_alive(asking(renew, true)).await.expect("a stream").into_inner();
+        asked.message().await.expect("a response").expect("created");
+        patient.message().await.expect("a response").expect("created");
+        renewals.message().await.expect("a response").expect("renewed");
+
+        let others: Vec<usize> = (0..3).filter(|i| *i != leader).collect();
+        others.iter().for_each(|i| cluster.members[*i].kill());
+        let killed = Instant::now();
+        for end in [asked.message().await.map(|_| ()), renewals.message().await.map(|_| ())] {
+            refused(end, Code::Unavailable, "etcdserver: no leader");
+        }
+        assert!(killed.elapsed() < PATIENCE, "they ended after {:?}", killed.elapsed());
+        refused(watch.watch(asking(create(), true)).await, Code::Unavailable, "etcdserver: no leader");
+        // The other stream goes on when there is a leader again.
+        cluster.restart(others[0]);
+        let put = PutRequest { key: "k".into(), ..Default::default() };
+        let mut kv = cluster.members[leader].client().kv;
+        while kv.put(put.clone()).await.is_err() {
+            assert!(killed.elapsed() < PATIENCE, "no service with two of three");
+        }
+        let event = tokio::time::timeout(PATIENCE, patient.message()).await.expect("in time").expect("no end");
+        assert_eq!(event.expect("a response").events.len(), 1);
+    });
+}
+
+#[test]
+fn removed_members_stop_and_stay_out() {
+    // C-16, C-17
+    run(|| async {
+        let mut cluster = Cluster::start(3, &[]).await;
+        let leader = cluster.until_led().await;
+        let id = cluster.members[leader].id;
+        let asked = (leader + 1) % 3;
+        let deadline = Instant::now() + PATIENCE;
+        while let Err(e) = cluster.members[asked].client().cluster.member_remove(MemberRemoveRequest { id }).await {
+            assert!(e.message().contains("unhealthy") && Instant::now() < deadline, "{e}");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        cluster.members[leader].until_ended().await;
+        cluster.restart(leader);
+        // It refuses to start on its old data.
+        cluster.members[leader].until_ended().await;
+        cluster.members.remove(leader);
+        cluster.until_led().await;
+        let term = cluster.term().await;
+        let mut kv = cluster.members[0].client().kv;
+        kv.put(PutRequest { key: "k".into(), ..Default::default() }).await.expect("two of two");
+        cluster.until_equal().await;
+        assert_eq!(cluster.term().await, term);
     });
 }

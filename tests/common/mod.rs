@@ -13,7 +13,7 @@ use std::{
     io::{Read, Write},
     net::{TcpListener, TcpStream},
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
     time::{Duration, Instant},
 };
 
@@ -166,20 +166,25 @@ impl Server {
         }
     }
 
-    /// SIGTERM, and wait for the end. Answers the exit code.
-    pub fn terminate(&mut self) -> Option<i32> {
-        let mut child = self.child.take()?;
+    /// SIGTERM, and wait for the end.
+    pub fn terminate(&mut self) -> ExitStatus {
+        self.stop(Signal::TERM)
+    }
+
+    /// Sends `signal`, and waits for the end.
+    pub fn stop(&mut self, signal: Signal) -> ExitStatus {
+        let mut child = self.child.take().expect("the server runs");
         let pid = Pid::from_child(&child);
-        kill_process(pid, Signal::TERM).expect("our own child can be signalled");
+        kill_process(pid, signal).expect("our own child can be signalled");
         let deadline = Instant::now() + STOPPED_WITHIN;
         loop {
             if let Some(status) = child.try_wait().expect("our own child can be waited for") {
-                return status.code();
+                return status;
             }
             if Instant::now() > deadline {
                 let _ = child.kill();
                 let _ = child.wait();
-                panic!("{} ignored SIGTERM for {STOPPED_WITHIN:?}:\n{}", self.program.display(), self.stderr_tail());
+                panic!("{} ignored {signal:?} for {STOPPED_WITHIN:?}:\n{}", self.program.display(), self.stderr_tail());
             }
             pause();
         }

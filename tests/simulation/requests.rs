@@ -105,7 +105,7 @@ impl World {
         let mut answer = None;
         if raft.is_leader {
             let stood_still = now - process.last_tick >= 3 * TICK;
-            if !raft.sole_voter && stood_still && process.renewals[at].confirm {
+            if !raft.is_alone && stood_still && process.renewals[at].confirm {
                 // A process that stood still may have been replaced without knowing it (L-11).
                 process.renewals[at].confirm = false;
                 let (reply, receiver) = Reply::new(0);
@@ -211,8 +211,12 @@ impl World {
                 if raft.is_learner {
                     return self.respond(op, Answer::Range(Err(Error::NotLeader)));
                 }
-                // As the server: the only voter that leads needs no round.
-                let alone = raft.is_leader && raft.sole_voter && process.view.load().applied_term == raft.term;
+                // As the server: the only member needs no round.
+                let view = process.view.load_full();
+                let alone = raft.is_leader
+                    && raft.is_alone
+                    && view.applied_term == raft.term
+                    && view.applied_index >= raft.alone_from;
                 if alone {
                     return self.read(m, op, &req);
                 }
