@@ -183,6 +183,7 @@ fn flip(disk: &SimDisk, place: u64) -> bool {
 }
 
 fn newest_segment(disk: &SimDisk) -> Option<(String, Vec<u8>)> {
+    disk.set_room(None);
     let mut names = disk.list(Path::new(LOG)).ok()?;
     names.retain(|name| name.ends_with(".wal"));
     names.sort();

@@ -539,7 +539,14 @@ impl World {
                 });
             }
         }
-        self.process(m).raft.step(message).expect("members send what members take");
+        if let Err(reason) = self.process(m).raft.step(message) {
+            assert!(self.members[m].may_refuse, "members send what members take: {reason}");
+            // Its operator sees the warning, and replaces it.
+            self.mark("a log that lost its end is noticed by what the leader says");
+            self.crash(m, false);
+            self.members[m].lost = Some(reason.to_owned());
+            return self.after(100 * MS, Event::Replace(m));
+        }
         self.turn(m);
     }
 
