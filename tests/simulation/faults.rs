@@ -38,6 +38,7 @@ impl World {
             Fault::Cut { links, for_ } => self.cut(&links, now + for_),
             Fault::Lossy { loss, for_ } => self.set_loss(loss, now + for_),
             Fault::SlowDisk { member, each, for_ } => self.members[member].slow = (each, now + for_),
+            Fault::SlowApply { member, each, for_ } => self.members[member].slow_apply = (each, now + for_),
             Fault::DiskError { member, sync } => {
                 let kind = if sync { DiskFault::Sync } else { DiskFault::Write };
                 self.members[member].disk.fail(kind, 1);

@@ -139,12 +139,13 @@ fn every_seeded_bug_is_found() {
     let mut found = BTreeMap::new();
     let bugs: Vec<Bug> =
         Bug::ALL.into_iter().filter(|bug| only.as_ref().is_none_or(|only| *only == format!("{bug:?}"))).collect();
+    let budget = variable("SIM_SEEDS").unwrap_or(BUDGET);
     let next = AtomicU64::new(0);
     let work = || {
         let mut found = Vec::new();
         while let Some(bug) = bugs.get(next.fetch_add(1, Ordering::Relaxed) as usize) {
             let hit =
-                (0..BUDGET).find_map(|seed| run(&Plan::new(seed), Some(*bug)).err().map(|e| (seed, e.to_string())));
+                (0..budget).find_map(|seed| run(&Plan::new(seed), Some(*bug)).err().map(|e| (seed, e.to_string())));
             found.push((format!("{bug:?}"), hit));
         }
         found
@@ -163,5 +164,5 @@ fn every_seeded_bug_is_found() {
             None => missed.push(bug),
         }
     }
-    assert!(missed.is_empty(), "not found within {BUDGET} seeds: {missed:?}");
+    assert!(missed.is_empty(), "not found within {budget} seeds: {missed:?}");
 }

@@ -69,6 +69,8 @@ pub struct Member {
     pub paused_until: u64,
     /// Each write takes this much longer until then.
     pub slow: (u64, u64),
+    /// Each turn of the applier, too.
+    pub slow_apply: (u64, u64),
     pub full_until: u64,
     /// Unix milliseconds of its clock at time 0.
     pub clock_ms: u64,
@@ -91,6 +93,7 @@ impl Member {
             epoch: 0,
             paused_until: 0,
             slow: (0, 0),
+            slow_apply: (0, 0),
             full_until: 0,
             clock_ms: 1_800_000_000_000,
             lost: None,

@@ -16,7 +16,7 @@ pub const TICK: u64 = 100 * MS;
 pub const ELECTION_TICKS: usize = 10;
 pub const ELECTION: u64 = ELECTION_TICKS as u64 * TICK;
 /// What a late message takes.
-pub const LATE: (u64, u64) = (300 * MS, 4 * SECOND);
+pub const LATE: (u64, u64) = (100 * MS, 1_500 * MS);
 /// How long a server works on a request.
 pub const REQUEST_TIMEOUT: u64 = 5 * SECOND + 2 * ELECTION;
 
@@ -119,6 +119,11 @@ pub enum Fault {
         each: u64,
         for_: u64,
     },
+    SlowApply {
+        member: usize,
+        each: u64,
+        for_: u64,
+    },
     /// A write or sync fails.
     DiskError {
         member: usize,
@@ -196,7 +201,7 @@ impl Plan {
             latency: span(rng, &[(100, 1 * MS), (MS, 10 * MS), (100, 60 * MS)]),
             loss: *[0.0, 0.0, 0.01, 0.1].choose(rng).expect("there are choices"),
             repeat: *[0.0, 0.0, 0.02, 0.1].choose(rng).expect("there are choices"),
-            late: *[0.0, 0.0, 0.002, 0.03].choose(rng).expect("there are choices"),
+            late: *[0.0, 0.0, 0.02, 0.15].choose(rng).expect("there are choices"),
             disk: span(rng, &[(50, 500), (500, 5 * MS), (100, 40 * MS)]),
             apply: span(rng, &[(10, 100), (100, 3 * MS), (10, 30 * MS)]),
             batch: *[1, 3, 1_000].choose(rng).expect("there are choices"),
@@ -221,7 +226,7 @@ impl Plan {
 
 fn faults(rng: &mut StdRng, members: usize, until: u64) -> Vec<Timed> {
     // Which kinds there are, and their weights.
-    let weights: Vec<u32> = (0..15).map(|_| if rng.random_bool(0.45) { rng.random_range(1..10) } else { 0 }).collect();
+    let weights: Vec<u32> = (0..16).map(|_| if rng.random_bool(0.45) { rng.random_range(1..10) } else { 0 }).collect();
     let all: u32 = weights.iter().sum();
     let count = rng.random_range(4..=14);
     let mut times: Vec<u64> = (0..count).map(|_| rng.random_range(SECOND..until)).collect();
@@ -266,6 +271,7 @@ fn fault(rng: &mut StdRng, kind: usize, members: usize, may_destroy: &mut bool) 
         12 if rng.random_bool(0.6) => Fault::AddLearner,
         12 => Fault::Promote,
         13 => Fault::Remove { member },
+        15 => Fault::SlowApply { member, each: rng.random_range(10..600) * MS, for_ },
         14 => Fault::Clock { member, ahead_ms: rng.random_range(0..10_000_000) },
         _ => Fault::Crash { member, power: rng.random_bool(0.7), down },
     }

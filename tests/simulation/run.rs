@@ -162,7 +162,7 @@ fn live(world: &mut World) {
     world.run(world.now + 2 * SECOND, |_| false);
     world.is_closing = true;
     assert!(world.run(end, World::is_idle), "calls do not end");
-    assert!(world.run(end, World::is_healed), "the cluster does not heal");
+    assert!(world.run(end, World::is_healed), "the cluster does not heal: {}", world.describe());
     let leases = |world: &World| world.is_healed() && world.truth.model.leases.is_empty();
     assert!(world.run(end, leases), "leases do not run out: {:?}", world.truth.model.leases);
     // Watchers take what is left, and come to life where they were cut off.
@@ -170,7 +170,7 @@ fn live(world: &mut World) {
     world.run(world.now + HEAL, done);
     world.run((world.now + SECOND).max(20 * SECOND), |_| false);
     // A member that was replaced late may still be on its way.
-    assert!(world.run(world.now + HEAL, World::is_healed), "the cluster does not stay healed");
+    assert!(world.run(world.now + HEAL, World::is_healed), "the cluster does not stay healed: {}", world.describe());
     world.finish();
 }
 

@@ -117,6 +117,7 @@ pub struct World {
     pub stats: Stats,
     /// What happened last, if somebody wants to read it.
     pub timeline: Option<VecDeque<String>>,
+    pub timeline_max: usize,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -126,8 +127,6 @@ pub struct Stats {
     pub faults: u64,
     pub marks: BTreeMap<&'static str, u64>,
 }
-
-const TIMELINE: usize = 300;
 
 impl World {
     pub fn new(plan: Plan, verbose: bool) -> Self {
@@ -168,6 +167,7 @@ impl World {
             digest: 0xcbf2_9ce4_8422_2325,
             stats: Stats::default(),
             timeline: verbose.then(VecDeque::new),
+            timeline_max: crate::variable("SIM_LINES").unwrap_or(300) as usize,
             rng,
             plan,
         };
@@ -207,7 +207,7 @@ impl World {
     pub fn say(&mut self, text: impl FnOnce() -> String) {
         let now = self.now;
         if let Some(lines) = &mut self.timeline {
-            if lines.len() == TIMELINE {
+            if lines.len() == self.timeline_max {
                 lines.pop_front();
             }
             lines.push_back(format!("{:>10.4} s  {}", now as f64 / SECOND as f64, text()));
@@ -465,6 +465,7 @@ impl World {
         self.loss = (0.0, u64::MAX);
         for member in &mut self.members {
             member.slow = (0, 0);
+            member.slow_apply = (0, 0);
         }
         self.plan.config.repeat = 0.0;
         self.plan.config.late = 0.0;
@@ -712,7 +713,9 @@ impl World {
             || (process.work.is_empty() && process.installs.is_empty() && !process.core.is_cleaning());
         if !waits {
             process.is_applying = true;
-            let took = self.draw(self.plan.config.apply);
+            let (each, until) = self.members[m].slow_apply;
+            let slow = if until > self.now { each } else { 0 };
+            let took = self.draw(self.plan.config.apply) + slow;
             let epoch = self.members[m].epoch;
             self.after(took, Event::Applied(m, epoch));
         }
@@ -867,8 +870,10 @@ impl World {
 
     /// Members as the most advanced process knows them.
     pub fn membership(&self) -> Option<Members> {
-        let up = self.members.iter().filter_map(|member| member.process.as_ref());
-        up.max_by_key(|process| process.applied).map(|process| process.members())
+        // Who begins to join knows nobody yet.
+        let belongs = |process: &&Process| process.members().get(process.settings.member_id).is_some();
+        let up = self.members.iter().filter_map(|member| member.process.as_deref()).filter(belongs);
+        up.max_by_key(|process| process.applied).map(Process::members)
     }
 
     /// Everybody who belongs to the cluster is up, has applied everything and knows the leader.
@@ -884,6 +889,25 @@ impl World {
             let done = process.applied == self.truth.executed && now.commit == self.truth.executed;
             done && now.leader != 0 && now.leader == leader && !process.core.is_cleaning()
         })
+    }
+
+    /// Who is where, for who asks why there is no healing.
+    pub fn describe(&self) -> String {
+        let one = |(m, member): (usize, &Member)| match &member.process {
+            None => format!("m{m} ({:x}) down, lost {:?}", member.id, member.lost),
+            Some(process) => {
+                let now = process.raft.reading();
+                let (leader, applied, cleaning) = (now.leader, process.applied, process.core.is_cleaning());
+                format!(
+                    "m{m} ({:x}) leader {leader:x} commit {} applied {applied} cleaning {cleaning}",
+                    member.id, now.commit
+                )
+            }
+        };
+        let members: Vec<String> = self.members.iter().enumerate().map(one).collect();
+        let list = |members: &Members| members.iter().map(|m| format!("{:x} learner {}", m.id, m.is_learner)).collect();
+        let known: Vec<String> = self.membership().as_ref().map(list).unwrap_or_default();
+        format!("executed {}; cluster {known:?}; {}", self.truth.executed, members.join("; "))
     }
 
     /// Nothing of an operation is under way any more.
