@@ -161,7 +161,7 @@ fn live(world: &mut World) {
     let end = world.now + HEAL;
     world.run(world.now + 2 * SECOND, |_| false);
     world.is_closing = true;
-    assert!(world.run(end, World::is_idle), "calls do not end");
+    assert!(world.run(end, World::is_idle), "calls do not end: {}", world.describe());
     assert!(world.run(end, World::is_healed), "the cluster does not heal: {}", world.describe());
     let leases = |world: &World| world.is_healed() && world.truth.model.leases.is_empty();
     assert!(world.run(end, leases), "leases do not run out: {:?}", world.truth.model.leases);
