@@ -4,6 +4,7 @@
 mod common;
 
 use std::{
+    net::TcpStream,
     path::Path,
     time::{Duration, Instant},
 };
@@ -270,4 +271,32 @@ fn second_process_on_one_data_directory_is_refused() {
     assert_eq!(output.status.code(), Some(1), "{}", String::from_utf8_lossy(&output.stderr));
     let log = String::from_utf8_lossy(&output.stderr);
     assert!(log.contains("lock") || log.contains("in use") || log.contains("another process"), "{log}");
+}
+
+#[test]
+fn held_connections_leave_the_log_its_descriptors() {
+    let program = common::server_under_test(env!("CARGO_BIN_EXE_actd"));
+    let mut server = Server::start_with_open_files(&program, 200);
+    runtime().block_on(async {
+        let mut client = Client::connect(&server).await;
+        client.kv.put(put(1)).await.expect("a put before");
+        let connect = |port| TcpStream::connect(("127.0.0.1", port)).expect("the kernel's queue has room");
+        let held: Vec<TcpStream> = (0..400).map(|_| connect(server.client_port)).collect();
+        let of_members: Vec<TcpStream> = (0..200).map(|_| connect(server.peer_port)).collect();
+        // More than a segment of the log: a new file, and a look at the directory.
+        for _ in 0..80 {
+            client
+                .kv
+                .put(put(1_000_000))
+                .await
+                .unwrap_or_else(|e| panic!("a put beside: {e}\n{}", server.stderr_tail()));
+        }
+        drop((held, of_members));
+        // The places are free again.
+        let again = tokio::time::timeout(PATIENCE, Client::connect(&server)).await.expect("in time");
+        again.clone().kv.put(put(1)).await.expect("a put of a new connection");
+    });
+    let full = server.stderr_tail().matches("all places for client connections are taken").count();
+    assert!((1..=3).contains(&full), "told {full} times");
+    assert_eq!(server.terminate(), Some(143));
 }

@@ -15,6 +15,7 @@ use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     server::conn::auto,
 };
+use tokio::sync::OwnedSemaphorePermit;
 use tonic::body::Body;
 
 use super::plain_io::PlainIo;
@@ -24,8 +25,15 @@ use crate::{
     watch,
 };
 
-/// A socket on its way to a runtime.
-pub enum Accepted {
+/// A connection on its way to a runtime.
+pub struct Accepted {
+    pub socket: Socket,
+    pub serves: Serves,
+    /// Given back when the connection ends.
+    pub place: OwnedSemaphorePermit,
+}
+
+pub enum Socket {
     Tcp(std::net::TcpStream),
     Unix(std::os::unix::net::UnixStream),
 }
@@ -57,7 +65,7 @@ const HEADER_READ_MAX: Duration = Duration::from_secs(300);
 pub struct Runtimes(Vec<Runtime>);
 
 struct Runtime {
-    sockets: flume::Sender<(Accepted, Serves)>,
+    sockets: flume::Sender<Accepted>,
     connections: Arc<AtomicUsize>,
 }
 
@@ -90,12 +98,12 @@ impl Runtimes {
         )
     }
 
-    /// Gives the socket to the least busy runtime.
-    pub fn hand_over(&self, socket: Accepted, serves: Serves) {
+    /// Gives the connection to the least busy runtime.
+    pub fn hand_over(&self, accepted: Accepted) {
         let least = self.0.iter().min_by_key(|r| r.connections.load(Ordering::Relaxed));
         if let Some(runtime) = least {
             runtime.connections.fetch_add(1, Ordering::Relaxed);
-            let _ = runtime.sockets.send((socket, serves));
+            let _ = runtime.sockets.send(accepted);
         }
     }
 
@@ -109,7 +117,7 @@ fn run(
     server: Arc<Server>,
     parts: Parts,
     limits: Limits,
-    accepted: flume::Receiver<(Accepted, Serves)>,
+    accepted: flume::Receiver<Accepted>,
     connections: Arc<AtomicUsize>,
 ) {
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -132,18 +140,18 @@ fn run(
         );
         tokio::task::spawn_local(hub);
         let routes = Routes::new(Handle { server, runtime: index, watch: parts.watch });
-        while let Ok((socket, serves)) = accepted.recv_async().await {
+        while let Ok(Accepted { socket, serves, place }) = accepted.recv_async().await {
             let routes = routes.clone();
             let limits = limits.clone();
             let leaving = Leaving(connections.clone());
             tokio::spawn(async move {
-                let _leaving = leaving;
+                let _leaving = (leaving, place);
                 let served = match socket {
-                    Accepted::Tcp(s) => match tokio::net::TcpStream::from_std(s) {
+                    Socket::Tcp(s) => match tokio::net::TcpStream::from_std(s) {
                         Ok(s) => serve(s, routes, serves, &limits).await,
                         Err(e) => Err(e.into()),
                     },
-                    Accepted::Unix(s) => match tokio::net::UnixStream::from_std(s) {
+                    Socket::Unix(s) => match tokio::net::UnixStream::from_std(s) {
                         Ok(s) => serve(s, routes, serves, &limits).await,
                         Err(e) => Err(e.into()),
                     },

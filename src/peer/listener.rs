@@ -11,6 +11,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, UnixListener},
+    sync::{OwnedSemaphorePermit, Semaphore},
     task::JoinSet,
 };
 
@@ -23,6 +24,7 @@ use super::{
 use crate::{
     config::Url,
     http::listener::{Listener, bind},
+    telemetry::logs::Seldom,
 };
 
 /// Answers what is not under `/raft`.
@@ -71,17 +73,25 @@ impl Bound {
             .collect()
     }
 
-    /// Serves on `arbiter`, which must be the transport's.
-    pub fn serve(self, arbiter: &actix_rt::ArbiterHandle, transport: &Arc<Transport>, others: &Handler) -> Listening {
+    /// Serves on `arbiter`, which must be the transport's. At most so many `connections` at a time; more wait in the
+    /// kernel's queue.
+    pub fn serve(
+        self,
+        arbiter: &actix_rt::ArbiterHandle,
+        transport: &Arc<Transport>,
+        others: &Handler,
+        connections: usize,
+    ) -> Listening {
         let (stop, stopped) = tokio::sync::watch::channel(());
+        let places = Arc::new(Semaphore::new(connections));
         for socket in self.0 {
             let service = Service { transport: transport.clone(), others: others.clone() };
-            let mut stopped = stopped.clone();
+            let (mut stopped, places) = (stopped.clone(), places.clone());
             arbiter.spawn(async move {
                 tokio::select! {
                     // An error: the sender is gone.
                     _ = stopped.changed() => {}
-                    () = accept(socket, service) => {}
+                    () = accept(socket, service, places) => {}
                 }
             });
         }
@@ -96,7 +106,7 @@ struct Service {
 }
 
 /// Until it is dropped, and with it the connections.
-async fn accept(socket: Socket, service: Service) {
+async fn accept(socket: Socket, service: Service, places: Arc<Semaphore>) {
     let listener = match socket {
         Socket::Tcp(l) => TcpListener::from_std(l).map(Listener::Tcp),
         Socket::Unix(l) => UnixListener::from_std(l).map(Listener::Unix),
@@ -106,28 +116,37 @@ async fn accept(socket: Socket, service: Service) {
         Err(e) => return tracing::error!("cannot serve the peer port: {e}"),
     };
     let mut connections = JoinSet::new();
+    let (mut full, mut failing) = (Seldom::default(), Seldom::default());
     loop {
+        if places.available_permits() == 0
+            && let Some(unsaid) = full.admit()
+        {
+            tracing::warn!(unsaid, "all places for connections of other members are taken; more wait until one ends");
+        }
+        let Ok(place) = places.clone().acquire_owned().await else { return };
         let accepted = match &listener {
             Listener::Tcp(l) => l.accept().await.and_then(|(socket, _)| {
                 socket.set_nodelay(true)?;
                 keep_alive(&socket);
-                connections.spawn(serve(socket, service.clone()));
+                connections.spawn(serve(socket, service.clone(), place));
                 Ok(())
             }),
             Listener::Unix(l) => l.accept().await.map(|(socket, _)| {
-                connections.spawn(serve(socket, service.clone()));
+                connections.spawn(serve(socket, service.clone(), place));
             }),
         };
         while connections.try_join_next().is_some() {}
         if let Err(e) = accepted {
             // Out of descriptors, or the caller has already gone: the next may do better.
-            tracing::warn!("cannot accept a peer connection: {e}");
+            if let Some(unsaid) = failing.admit() {
+                tracing::warn!(unsaid, "cannot accept a peer connection: {e}");
+            }
             tokio::time::sleep(std::time::Duration::from_millis(10)).await;
         }
     }
 }
 
-async fn serve<S>(socket: S, service: Service)
+async fn serve<S>(socket: S, service: Service, _place: OwnedSemaphorePermit)
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {

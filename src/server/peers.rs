@@ -197,12 +197,13 @@ pub fn install(
     install: Install,
     in_use: &Arc<StoreInUse>,
     dir: &StoreDir,
+    options: &Options,
     settings: &apply::Settings,
 ) -> anyhow::Result<apply::Core> {
     let before = dir.current()?;
     import::switch(dir, install.index)?;
     let name = dir.current()?.context("CURRENT was just written")?;
-    let old = in_use.replace(FjallStorage::open(&dir.path(&name), &Options::default())?);
+    let old = in_use.replace(FjallStorage::open(&dir.path(&name), options)?);
     let core = apply::Core::open(in_use.clone(), settings.clone())?;
     anyhow::ensure!(core.applied_index() == install.index, "the store is of index {}", core.applied_index());
     if let Some(path) = before.map(|before| dir.path(&before)) {

@@ -45,6 +45,8 @@ pub struct Options {
     pub value_cache_bytes: u64,
     /// Blocks of tables kept in memory. Small: hot values have a cache of their own.
     pub block_cache_bytes: u64,
+    /// Tables kept open; others are opened for each read.
+    pub open_tables: usize,
     /// `key` rows collected in memory before they are written as a table. Up to four times as much waits
     /// for the disk before commits block.
     pub memtable_bytes: u64,
@@ -57,6 +59,7 @@ impl Default for Options {
         Self {
             value_cache_bytes: 64 << 20,
             block_cache_bytes: 32 << 20,
+            open_tables: 32,
             memtable_bytes: 32 << 20,
             journal_bytes: 128 << 20,
         }
@@ -309,6 +312,7 @@ fn open_rows(rows: &Path, options: &Options) -> Result<(Database, Keyspace, Keys
     let open = || {
         let db = Database::builder(rows)
             .cache_size(options.block_cache_bytes)
+            .max_cached_files(Some(options.open_tables))
             .max_journaling_size(options.journal_bytes)
             // The scan in `journal.rs` reads plain records, and values are small.
             .journal_compression(CompressionType::None)

@@ -11,7 +11,7 @@ use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tracing::field::{Field, Visit};
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
@@ -334,6 +334,31 @@ impl Visit for Fields {
     }
 }
 
+/// Lets a line through at most once in [`Seldom::EVERY`], for what may happen a hundred times a second.
+#[derive(Debug, Default)]
+pub struct Seldom {
+    said: Option<Instant>,
+    unsaid: u64,
+}
+
+impl Seldom {
+    const EVERY: Duration = Duration::from_secs(10);
+
+    /// How often it has been held back since the last line, if a line is due.
+    pub fn admit(&mut self) -> Option<u64> {
+        self.admit_at(Instant::now())
+    }
+
+    fn admit_at(&mut self, now: Instant) -> Option<u64> {
+        if self.said.is_some_and(|said| now.saturating_duration_since(said) < Self::EVERY) {
+            self.unsaid += 1;
+            return None;
+        }
+        self.said = Some(now);
+        Some(std::mem::take(&mut self.unsaid))
+    }
+}
+
 /// A duration as a field value, written as Go writes it: `info!(took = %took(start.elapsed()), "…")`.
 pub fn took(duration: Duration) -> GoDuration {
     GoDuration::from(duration)
@@ -439,6 +464,13 @@ mod tests {
         assert_eq!(admitted(1, "b", 50), 50);
         assert_eq!(admitted(2, "a", 100), 100);
         assert!((0..1_000).all(|_| sampler.admit(2, Level::Fatal, "x")));
+    }
+
+    #[test]
+    fn a_fault_that_goes_on_is_told_every_ten_seconds() {
+        let (mut seldom, start) = (Seldom::default(), Instant::now());
+        let told: Vec<_> = (0..25).filter_map(|s| seldom.admit_at(start + Duration::from_secs(s))).collect();
+        assert_eq!(told, [0, 9, 9]);
     }
 
     #[test]
