@@ -300,3 +300,39 @@ fn held_connections_leave_the_log_its_descriptors() {
     assert!((1..=3).contains(&full), "told {full} times");
     assert_eq!(server.terminate(), Some(143));
 }
+
+#[test]
+fn a_hundred_callers_that_give_up_leave_their_connection_alone() {
+    let server = start(&[]);
+    let rt = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime");
+    rt.block_on(async {
+        let channel = channel(&server).await;
+        let mut client = Client::over(channel.clone());
+        let (requests, inbox) = tokio::sync::mpsc::unbounded_channel();
+        let create = WatchCreateRequest { key: "k".into(), ..Default::default() };
+        let request = WatchRequest { request_union: Some(RequestUnion::CreateRequest(create)) };
+        requests.send(request).expect("open");
+        let mut events = client.watch.watch(UnboundedReceiverStream::new(inbox)).await.expect("a watch").into_inner();
+        assert!(events.message().await.expect("open").expect("an answer").created);
+
+        let callers = (0..100_u64).map(|caller| {
+            let mut kv = client.kv.clone();
+            tokio::spawn(async move {
+                for call in 0..100 {
+                    let patience = Duration::from_micros((caller * 7919 + call * 104_729) % 2_000);
+                    let range = RangeRequest { key: "k".into(), ..Default::default() };
+                    // Giving up resets the stream.
+                    if let Ok(Err(status)) = tokio::time::timeout(patience, kv.range(range)).await {
+                        panic!("neither answered nor given up: {status}");
+                    }
+                }
+            })
+        });
+        for caller in callers.collect::<Vec<_>>() {
+            caller.await.expect("nobody was cut off");
+        }
+        client.kv.put(put(1)).await.expect("a put on the same connection");
+        let event = tokio::time::timeout(PATIENCE, events.message()).await.expect("in time");
+        assert_eq!(event.expect("the watch lives").expect("an answer").events.len(), 1);
+    });
+}

@@ -60,6 +60,13 @@ pub struct Limits {
 const WINDOW: u32 = 1 << 20;
 const CONNECTION_WINDOW: u32 = 4 << 20;
 const HEADER_LIST_MAX: u32 = 16 << 20;
+/// Calls given up before this side has looked at them. A connection's task reads at most 128 times (tokio's budget), some
+/// 16 KiB each, before it looks at all that came; a call that is given up is 100 bytes at the least (head, message,
+/// reset), so clients that keep to gRPC stay below this. It also bounds what one that does not can pile up: 20 MiB.
+const UNSEEN_RESETS_MAX: usize = 20_000;
+/// Streams that this side had to reset, in a connection's life: a client still sending a message that was refused for
+/// its size does that each time, and would be cut off. Resets that a client does not read stay in memory, hence a bound.
+const OWN_RESETS_MAX: usize = 100_000;
 const HEADER_READ_MAX: Duration = Duration::from_secs(300);
 
 pub struct Runtimes(Vec<Runtime>);
@@ -190,7 +197,9 @@ where
         .max_concurrent_streams(streams)
         .initial_stream_window_size(WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
-        .max_header_list_size(HEADER_LIST_MAX);
+        .max_header_list_size(HEADER_LIST_MAX)
+        .max_pending_accept_reset_streams(UNSEEN_RESETS_MAX)
+        .max_local_error_reset_streams(OWN_RESETS_MAX);
     if let Some((interval, timeout)) = limits.pings {
         builder.http2().keep_alive_interval(interval).keep_alive_timeout(timeout);
     }
