@@ -31,6 +31,7 @@ use crate::{
     cluster::{Refusal, bootstrap},
     config::{Config, GoDuration},
     http::{
+        front::Front,
         listener,
         runtime::{self, Limits, Runtimes, Serves},
     },
@@ -383,7 +384,8 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
 
     // Clients come in only now (G-14).
     let limits = Limits { max_concurrent_streams: config.max_concurrent_streams, pings: config.server_pings() };
-    let runtimes = Arc::new(Runtimes::start(&server, parts, &limits));
+    let front = Front::new(&config.cors, &config.host_whitelist);
+    let runtimes = Arc::new(Runtimes::start(&server, parts, &limits, front));
     let listeners = listen(config, &runtimes, descriptors.clients).await?;
     tracing::info!(
         member_id = format!("{:x}", ids.member),

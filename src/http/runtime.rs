@@ -18,7 +18,7 @@ use hyper_util::{
 use tokio::sync::OwnedSemaphorePermit;
 use tonic::body::Body;
 
-use super::plain_io::PlainIo;
+use super::{HEAD_BYTES_MAX, HEADERS_MAX, front::Front, plain_io::PlainIo};
 use crate::{
     api::{Handle, Routes, Server},
     apply::Deliveries,
@@ -76,6 +76,13 @@ struct Runtime {
     connections: Arc<AtomicUsize>,
 }
 
+/// What every connection is served with.
+#[derive(Clone)]
+struct Service {
+    front: Arc<Front>,
+    limits: Limits,
+}
+
 /// What one runtime is made of.
 pub struct Parts {
     pub deliveries: Deliveries,
@@ -86,7 +93,8 @@ pub struct Parts {
 
 impl Runtimes {
     /// Starts one thread for each of `parts`.
-    pub fn start(server: &Arc<Server>, parts: Vec<Parts>, limits: &Limits) -> Self {
+    pub fn start(server: &Arc<Server>, parts: Vec<Parts>, limits: &Limits, front: Front) -> Self {
+        let front = Arc::new(front);
         Self(
             parts
                 .into_iter()
@@ -94,10 +102,11 @@ impl Runtimes {
                 .map(|(index, parts)| {
                     let (sockets, accepted) = flume::unbounded();
                     let connections = Arc::new(AtomicUsize::new(0));
-                    let (server, limits, counter) = (server.clone(), limits.clone(), connections.clone());
+                    let service = Service { front: front.clone(), limits: limits.clone() };
+                    let (server, counter) = (server.clone(), connections.clone());
                     std::thread::Builder::new()
                         .name(format!("rpc-{index}"))
-                        .spawn(move || run(index, server, parts, limits, accepted, counter))
+                        .spawn(move || run(index, server, parts, service, accepted, counter))
                         .expect("a thread can be started at start-up");
                     Runtime { sockets, connections }
                 })
@@ -123,7 +132,7 @@ fn run(
     index: usize,
     server: Arc<Server>,
     parts: Parts,
-    limits: Limits,
+    service: Service,
     accepted: flume::Receiver<Accepted>,
     connections: Arc<AtomicUsize>,
 ) {
@@ -149,17 +158,17 @@ fn run(
         let routes = Routes::new(Handle { server, runtime: index, watch: parts.watch });
         while let Ok(Accepted { socket, serves, place }) = accepted.recv_async().await {
             let routes = routes.clone();
-            let limits = limits.clone();
+            let service = service.clone();
             let leaving = Leaving(connections.clone());
             tokio::spawn(async move {
                 let _leaving = (leaving, place);
                 let served = match socket {
                     Socket::Tcp(s) => match tokio::net::TcpStream::from_std(s) {
-                        Ok(s) => serve(s, routes, serves, &limits).await,
+                        Ok(s) => serve(s, routes, serves, service).await,
                         Err(e) => Err(e.into()),
                     },
                     Socket::Unix(s) => match tokio::net::UnixStream::from_std(s) {
-                        Ok(s) => serve(s, routes, serves, &limits).await,
+                        Ok(s) => serve(s, routes, serves, service).await,
                         Err(e) => Err(e.into()),
                     },
                 };
@@ -183,13 +192,21 @@ async fn serve<S>(
     socket: S,
     routes: Routes,
     serves: Serves,
-    limits: &Limits,
+    Service { front, limits }: Service,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>>
 where
     S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin + 'static,
 {
     let mut builder = auto::Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_READ_MAX);
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_READ_MAX)
+        .max_buf_size(HEAD_BYTES_MAX)
+        .max_headers(HEADERS_MAX)
+        .title_case_headers(true)
+        // Who has said all may still listen.
+        .half_close(true);
     let streams = (limits.max_concurrent_streams != u32::MAX).then_some(limits.max_concurrent_streams);
     builder
         .http2()
@@ -204,13 +221,13 @@ where
         builder.http2().keep_alive_interval(interval).keep_alive_timeout(timeout);
     }
     let service = hyper::service::service_fn(move |request| {
-        let routes = routes.clone();
-        async move { Ok::<_, std::convert::Infallible>(answer(&routes, serves, request).await) }
+        let (routes, front) = (routes.clone(), front.clone());
+        async move { Ok::<_, std::convert::Infallible>(answer(&routes, &front, serves, request).await) }
     });
     builder.serve_connection(TokioIo::new(PlainIo(socket)), service).await
 }
 
-async fn answer(routes: &Routes, serves: Serves, request: Request<Incoming>) -> Response<Body> {
+async fn answer(routes: &Routes, front: &Front, serves: Serves, request: Request<Incoming>) -> Response<Body> {
     let http2 = request.version() == http::Version::HTTP_2;
     let grpc = matches!(serves, Serves::GrpcAndHttp | Serves::Grpc);
     if http2 && grpc {
@@ -224,6 +241,7 @@ async fn answer(routes: &Routes, serves: Serves, request: Request<Incoming>) -> 
         *response.status_mut() = http::StatusCode::UNSUPPORTED_MEDIA_TYPE;
         return response;
     }
-    let response: Response<http_body_util::Full<Bytes>> = super::respond(routes.handle(), serves, &request).await;
+    let response: Response<http_body_util::Full<Bytes>> =
+        super::respond(routes.handle(), front, serves, &request).await;
     response.map(Body::new)
 }

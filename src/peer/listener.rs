@@ -23,7 +23,11 @@ use super::{
 };
 use crate::{
     config::Url,
-    http::listener::{Listener, bind},
+    http::{
+        HEAD_BYTES_MAX, HEADERS_MAX,
+        front::refusal,
+        listener::{Listener, bind},
+    },
     telemetry::logs::Seldom,
 };
 
@@ -159,6 +163,9 @@ where
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(STREAM_STEP)
+        .max_buf_size(HEAD_BYTES_MAX)
+        .max_headers(HEADERS_MAX)
+        .title_case_headers(true)
         .serve_connection(socket, answer)
         .await;
     if let Err(e) = served {
@@ -168,6 +175,9 @@ where
 
 impl Service {
     async fn answer(&self, request: Request<body::Incoming>) -> Result<Response<Body>, Cut> {
+        if let Some(refused) = refusal(&request) {
+            return Ok(refused.map(Body::Whole));
+        }
         if is_raft(request.uri().path()) {
             return self.transport.handle(request).await;
         }
