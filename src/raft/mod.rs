@@ -20,6 +20,7 @@ mod actor;
 mod cluster_tests;
 mod convert;
 mod core;
+mod lines;
 mod log;
 mod reads;
 mod status;
