@@ -31,6 +31,7 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    log.report_panics();
     for notice in &notices {
         log.notice(notice);
     }

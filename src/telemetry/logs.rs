@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tracing::field::{Field, Visit};
 use tracing::level_filters::LevelFilter;
@@ -50,6 +50,18 @@ pub struct Guard {
 impl Guard {
     pub fn notice(&self, notice: &Notice) {
         self.logs.notice(notice);
+    }
+
+    /// From now on a panic is a line of the log, with its reason and place. Whether the process goes on is for others
+    /// to decide.
+    pub fn report_panics(&self) {
+        let logs = self.logs.clone();
+        let plainly = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            if !logs.panicked(panic) {
+                plainly(panic);
+            }
+        }));
     }
 }
 
@@ -151,11 +163,43 @@ impl Logs {
         });
     }
 
+    /// False if it is not to be written, or cannot be.
+    fn panicked(&self, panic: &std::panic::PanicHookInfo<'_>) -> bool {
+        if Level::Panic < self.level {
+            return false;
+        }
+        let thread = std::thread::current().name().unwrap_or("unnamed").to_owned();
+        let mut fields = vec![("thread".to_owned(), Value::from(thread))];
+        // Only when the environment asks for it.
+        let backtrace = std::backtrace::Backtrace::capture();
+        if backtrace.status() == std::backtrace::BacktraceStatus::Captured {
+            fields.push(("stacktrace".to_owned(), Value::from(backtrace.to_string())));
+        }
+        let line = Line {
+            level: Level::Panic,
+            logger: None,
+            caller: panic.location().map_or_else(|| "unknown".to_owned(), |at| short_caller(at.file(), at.line())),
+            message: panic.payload_as_str().unwrap_or("panic").to_owned(),
+            fields,
+        };
+        // Not waited for: the panic may have come while this very thread wrote a line.
+        match self.sink.try_lock() {
+            Ok(mut sink) => self.write_to(&mut sink, &line),
+            Err(TryLockError::Poisoned(sink)) => self.write_to(&mut sink.into_inner(), &line),
+            Err(TryLockError::WouldBlock) => return false,
+        }
+        true
+    }
+
     fn write(&self, line: &Line) {
-        #[allow(clippy::disallowed_methods)] // a log line tells when it was written
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
         // A panic while a line was written leaves at worst half a line; logging goes on.
         let mut sink = self.sink.lock().unwrap_or_else(PoisonError::into_inner);
+        self.write_to(&mut sink, line);
+    }
+
+    fn write_to(&self, sink: &mut Sink, line: &Line) {
+        #[allow(clippy::disallowed_methods)] // a log line tells when it was written
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
         if !sink.sampler.admit(now.as_secs(), line.level, &line.message) {
             return;
         }
@@ -453,6 +497,21 @@ mod tests {
         });
         assert_eq!(lines.len(), 1);
         assert!(lines[0].contains(r#""msg":"shown""#));
+    }
+
+    #[test]
+    fn a_panic_is_a_line_with_its_reason_and_place() {
+        let lines = capture(Format::Json, Level::Info, |logs| {
+            Guard { logs: logs.clone() }.report_panics();
+            let _ = std::panic::catch_unwind(|| panic!("cannot write the {}: no space left", "store"));
+            // The one that tests have.
+            drop(std::panic::take_hook());
+        });
+        // Another test may have panicked meanwhile.
+        let line = lines.iter().find(|line| line.contains("cannot write the store: no space left")).expect("a line");
+        assert!(line.starts_with(r#"{"level":"panic","ts":"20"#), "{line}");
+        assert!(line.contains(r#","caller":"telemetry/logs.rs:"#) && line.contains(r#","thread":""#), "{line}");
+        assert!(serde_json::from_str::<serde_json::Map<_, _>>(line).is_ok(), "{line}");
     }
 
     #[test]
