@@ -170,7 +170,7 @@ fn promtool_reads_the_metrics() {
 #[test]
 fn who_has_said_all_still_gets_the_answer() {
     let server = start();
-    for (port, path) in [(server.client_port, "/metrics"), (server.client_port, "/version")] {
+    for (port, path) in [(server.client_port, "/metrics"), (server.peer_port, "/version")] {
         for (head, rest) in [("HTTP/1.1\r\nHost: x", ""), ("HTTP/1.0", "")] {
             let mut socket = TcpStream::connect(("127.0.0.1", port)).expect("the port answers");
             socket.set_read_timeout(Some(Duration::from_secs(20))).expect("a timeout can be set");

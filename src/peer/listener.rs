@@ -1,6 +1,11 @@
 //! The peer port: HTTP/1.1 on `--listen-peer-urls`. What is not under `/raft` goes to a handler given in.
 
-use std::{io, sync::Arc};
+use std::{
+    io,
+    pin::Pin,
+    sync::{Arc, Mutex, PoisonError},
+    task::{Context, Poll},
+};
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
@@ -9,7 +14,7 @@ use http_body_util::Full;
 use hyper::{body, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
-    io::{AsyncRead, AsyncWrite},
+    io::{AsyncRead, AsyncWrite, ReadBuf, ReadHalf},
     net::{TcpListener, UnixListener},
     sync::{OwnedSemaphorePermit, Semaphore},
     task::JoinSet,
@@ -155,10 +160,12 @@ where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     // Reads have their limits where they are waited for: beside a stream that is written nothing is ever read.
-    let socket = TokioIo::new(Timed::new(socket, None, Some(STREAM_STEP)));
+    let (read, write) = tokio::io::split(Timed::new(socket, None, Some(STREAM_STEP)));
+    let read = Incoming(Arc::new(Mutex::new(read)));
+    let socket = TokioIo::new(tokio::io::join(read.clone(), write));
     let answer = service_fn(move |request: Request<body::Incoming>| {
-        let service = service.clone();
-        async move { service.answer(request).await }
+        let (service, read) = (service.clone(), read.clone());
+        async move { service.answer(request).await.map(|answer| answer.map(|body| Watched { body, read })) }
     });
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -166,10 +173,62 @@ where
         .max_buf_size(HEAD_BYTES_MAX)
         .max_headers(HEADERS_MAX)
         .title_case_headers(true)
+        // Who has said all may still listen. Streams see for themselves when their reader is gone.
+        .half_close(true)
         .serve_connection(socket, answer)
         .await;
     if let Err(e) = served {
         tracing::debug!("connection of a peer ended: {}", super::dial::chain(&e));
+    }
+}
+
+/// What comes in on a connection: hyper reads requests from it, and beside a stream, where nothing may come, the stream's
+/// body waits for the end. Never both: with half-closed connections allowed hyper reads nothing while it answers. So nobody
+/// waits for the lock.
+struct Incoming<S>(Arc<Mutex<ReadHalf<S>>>);
+
+impl<S> Clone for Incoming<S> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl<S: AsyncRead> AsyncRead for Incoming<S> {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner)).poll_read(cx, buf)
+    }
+}
+
+/// The body of an answer. A stream ends when the member that asked for it closes, or says anything more.
+struct Watched<S> {
+    body: Body,
+    read: Incoming<S>,
+}
+
+impl<S: AsyncRead> body::Body for Watched<S> {
+    type Data = Bytes;
+    type Error = io::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<body::Frame<Bytes>, io::Error>>> {
+        let this = &mut *self;
+        if matches!(this.body, Body::Stream(_)) {
+            let mut byte = [0];
+            if Pin::new(&mut this.read).poll_read(cx, &mut ReadBuf::new(&mut byte)).is_ready() {
+                return Poll::Ready(Some(Err(io::Error::other("the member closed the stream"))));
+            }
+        }
+        Pin::new(&mut this.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> body::SizeHint {
+        self.body.size_hint()
     }
 }
 

@@ -32,7 +32,7 @@ impl Descriptors {
     pub fn of_this_process(runtimes: usize) -> anyhow::Result<Self> {
         let limit = getrlimit(Resource::Nofile);
         if limit.current != limit.maximum {
-            let raised = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit.clone() });
+            let raised = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
             raised.context("cannot raise the limit of open files to what is allowed")?;
         }
         Self::share(limit.maximum.unwrap_or(u64::MAX), runtimes as u64)

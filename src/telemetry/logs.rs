@@ -175,11 +175,13 @@ impl Logs {
         if backtrace.status() == std::backtrace::BacktraceStatus::Captured {
             fields.push(("stacktrace".to_owned(), Value::from(backtrace.to_string())));
         }
+        let payload = panic.payload();
+        let message = payload.downcast_ref::<&str>().copied().or(payload.downcast_ref::<String>().map(String::as_str));
         let line = Line {
             level: Level::Panic,
             logger: None,
             caller: panic.location().map_or_else(|| "unknown".to_owned(), |at| short_caller(at.file(), at.line())),
-            message: panic.payload_as_str().unwrap_or("panic").to_owned(),
+            message: message.unwrap_or("panic").to_owned(),
             fields,
         };
         // Not waited for: the panic may have come while this very thread wrote a line.
