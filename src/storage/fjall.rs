@@ -28,8 +28,8 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, OnceLock};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// What the file `format` holds; the digits are the version.
@@ -74,7 +74,8 @@ pub struct FjallStorage {
     syncer: Mutex<Syncer>,
     committed_batches: AtomicU64,
     blocked_micros: AtomicU64,
-    failed: AtomicBool,
+    /// Why nothing is written any more.
+    failed: OnceLock<Error>,
     repaired: Option<Repaired>,
 }
 
@@ -114,7 +115,7 @@ impl FjallStorage {
             syncer: Mutex::new(syncer),
             committed_batches: AtomicU64::new(0),
             blocked_micros: AtomicU64::new(0),
-            failed: AtomicBool::new(false),
+            failed: OnceLock::new(),
             repaired: checked.repaired,
         })
     }
@@ -155,15 +156,12 @@ impl FjallStorage {
     }
 
     fn fail(&self, error: Error) -> Error {
-        self.failed.store(true, Ordering::Release);
-        error
+        // The first is the reason; others follow from it.
+        self.failed.get_or_init(|| error).clone()
     }
 
     fn check(&self) -> Result<(), Error> {
-        if self.failed.load(Ordering::Acquire) {
-            return Err(Error::Fatal("an earlier write or sync failed".into()));
-        }
-        Ok(())
+        self.failed.get().map_or(Ok(()), |reason| Err(reason.clone()))
     }
 }
 
