@@ -32,6 +32,7 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    log.report_panics();
     for notice in &notices {
         log.notice(notice);
     }

@@ -3,6 +3,7 @@
 mod compactor;
 mod corruption;
 mod data;
+mod descriptors;
 mod discovery;
 mod dns;
 mod join;
@@ -12,6 +13,7 @@ mod srv;
 mod versions;
 
 pub use data::{Unfit, fit};
+use descriptors::Descriptors;
 
 use std::sync::{
     Arc,
@@ -29,6 +31,7 @@ use crate::{
     cluster::{Refusal, bootstrap},
     config::{Config, GoDuration},
     http::{
+        front::Front,
         listener,
         runtime::{self, Limits, Runtimes, Serves},
     },
@@ -39,7 +42,7 @@ use crate::{
     },
     raft::{self, RaftActor},
     snapshot::{self, Checkpointer},
-    storage::Storage,
+    storage::{Storage, fjall},
     telemetry::Metrics,
     wal::{self, writer::WalActor},
     watch,
@@ -101,7 +104,9 @@ pub struct Member {
 /// Opens the data directory and starts everything. Returns once clients are served.
 pub async fn start(config: &Config) -> anyhow::Result<Member> {
     let began = Instant::now();
-    let opened = data::open(config).await?;
+    let descriptors = Descriptors::of_this_process(rpc_runtimes())?;
+    let store_options = fjall::Options { open_tables: descriptors.tables, ..fjall::Options::default() };
+    let opened = data::open(config, &store_options).await?;
     let ids = opened.ids;
     let restarted = opened.core.applied_index() > 0;
     let storage = opened.storage;
@@ -219,7 +224,7 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
         Box::pin(async move { endpoints.answer(request).await })
     });
     let peer_port = Bound::bind(&config.listen_peer_urls, config.socket_reuse_port).await?;
-    let peer_port = peer_port.serve(&peer_arbiter, &transport, &answer);
+    let peer_port = peer_port.serve(&peer_arbiter, &transport, &answer, descriptors.peers);
     for url in &config.listen_peer_urls {
         tracing::info!(address = %url, "serving peers");
     }
@@ -292,7 +297,7 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
         metrics: metrics.clone(),
         install: Box::new({
             let (in_use, settings) = (storage.clone(), opened.settings);
-            move |install| peers::install(install, &in_use, &stores, &settings)
+            move |install| peers::install(install, &in_use, &stores, &store_options, &settings)
         }),
         hash: corruption::hasher(apply_tx.clone()),
         slow_apply: config.warning_apply_duration.to_std(),
@@ -420,8 +425,9 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
 
     // Clients come in only now (G-14).
     let limits = Limits { max_concurrent_streams: config.max_concurrent_streams, pings: config.server_pings() };
-    let runtimes = Arc::new(Runtimes::start(&server, parts, &limits));
-    let listeners = listen(config, &runtimes).await?;
+    let front = Front::new(&config.cors, &config.host_whitelist);
+    let runtimes = Arc::new(Runtimes::start(&server, parts, &limits, front));
+    let listeners = listen(config, &runtimes, descriptors.clients).await?;
     tracing::info!(
         member_id = format!("{:x}", ids.member),
         cluster_id = format!("{:x}", ids.cluster),
@@ -515,7 +521,11 @@ async fn publish(server: &Arc<api::Server>, config: &Config, runtime: usize) -> 
     Ok(())
 }
 
-async fn listen(config: &Config, runtimes: &Arc<Runtimes>) -> anyhow::Result<Vec<tokio::task::JoinHandle<()>>> {
+async fn listen(
+    config: &Config,
+    runtimes: &Arc<Runtimes>,
+    connections: usize,
+) -> anyhow::Result<Vec<tokio::task::JoinHandle<()>>> {
     let on_client_port = if config.listen_client_http_urls.is_empty() { Serves::GrpcAndHttp } else { Serves::Grpc };
     let groups = [
         (&config.listen_client_urls, on_client_port),
@@ -531,11 +541,12 @@ async fn listen(config: &Config, runtimes: &Arc<Runtimes>) -> anyhow::Result<Vec
             }
         }
     }
+    let places = Arc::new(tokio::sync::Semaphore::new(connections));
     Ok(bound
         .into_iter()
         .map(|(listener, serves, url)| {
             tracing::info!(address = %url, "serving clients");
-            tokio::spawn(listener::accept(listener, runtimes.clone(), serves))
+            tokio::spawn(listener::accept(listener, runtimes.clone(), serves, places.clone()))
         })
         .collect())
 }

@@ -4,6 +4,7 @@
 mod common;
 
 use std::{
+    net::TcpStream,
     path::Path,
     time::{Duration, Instant},
 };
@@ -270,4 +271,71 @@ fn second_process_on_one_data_directory_is_refused() {
     assert_eq!(output.status.code(), Some(1), "{}", String::from_utf8_lossy(&output.stderr));
     let log = String::from_utf8_lossy(&output.stderr);
     assert!(log.contains("lock") || log.contains("in use") || log.contains("another process"), "{log}");
+}
+
+#[test]
+fn held_connections_leave_the_log_its_descriptors() {
+    let program = common::server_under_test(env!("CARGO_BIN_EXE_actd"));
+    let mut server = Server::start_with_open_files(&program, 200);
+    runtime().block_on(async {
+        let mut client = Client::connect(&server).await;
+        client.kv.put(put(1)).await.expect("a put before");
+        let connect = |port| TcpStream::connect(("127.0.0.1", port)).expect("the kernel's queue has room");
+        let held: Vec<TcpStream> = (0..400).map(|_| connect(server.client_port)).collect();
+        let of_members: Vec<TcpStream> = (0..200).map(|_| connect(server.peer_port)).collect();
+        // More than a segment of the log: a new file, and a look at the directory.
+        for _ in 0..80 {
+            client
+                .kv
+                .put(put(1_000_000))
+                .await
+                .unwrap_or_else(|e| panic!("a put beside: {e}\n{}", server.stderr_tail()));
+        }
+        drop((held, of_members));
+        // The places are free again.
+        let again = tokio::time::timeout(PATIENCE, Client::connect(&server)).await.expect("in time");
+        again.clone().kv.put(put(1)).await.expect("a put of a new connection");
+    });
+    let full = server.stderr_tail().matches("all places for client connections are taken").count();
+    assert!((1..=3).contains(&full), "told {full} times");
+    assert_eq!(
+        std::os::unix::process::ExitStatusExt::signal(&server.terminate()),
+        Some(rustix::process::Signal::TERM.as_raw())
+    );
+}
+
+#[test]
+fn a_hundred_callers_that_give_up_leave_their_connection_alone() {
+    let server = start(&[]);
+    let rt = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime");
+    rt.block_on(async {
+        let channel = channel(&server).await;
+        let mut client = Client::over(channel.clone());
+        let (requests, inbox) = tokio::sync::mpsc::unbounded_channel();
+        let create = WatchCreateRequest { key: "k".into(), ..Default::default() };
+        let request = WatchRequest { request_union: Some(RequestUnion::CreateRequest(create)) };
+        requests.send(request).expect("open");
+        let mut events = client.watch.watch(UnboundedReceiverStream::new(inbox)).await.expect("a watch").into_inner();
+        assert!(events.message().await.expect("open").expect("an answer").created);
+
+        let callers = (0..100_u64).map(|caller| {
+            let mut kv = client.kv.clone();
+            tokio::spawn(async move {
+                for call in 0..100 {
+                    let patience = Duration::from_micros((caller * 7919 + call * 104_729) % 2_000);
+                    let range = RangeRequest { key: "k".into(), ..Default::default() };
+                    // Giving up resets the stream.
+                    if let Ok(Err(status)) = tokio::time::timeout(patience, kv.range(range)).await {
+                        panic!("neither answered nor given up: {status}");
+                    }
+                }
+            })
+        });
+        for caller in callers.collect::<Vec<_>>() {
+            caller.await.expect("nobody was cut off");
+        }
+        client.kv.put(put(1)).await.expect("a put on the same connection");
+        let event = tokio::time::timeout(PATIENCE, events.message()).await.expect("in time");
+        assert_eq!(event.expect("the watch lives").expect("an answer").events.len(), 1);
+    });
 }

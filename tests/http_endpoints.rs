@@ -25,6 +25,22 @@ fn ask(server: &Server, method: &str, path: &str) -> (String, String, String) {
     (status.trim_start_matches("HTTP/1.1 ").to_owned(), headers.to_lowercase(), body.to_owned())
 }
 
+/// Everything that comes back until the server closes, for a request as it stands.
+fn raw(port: u16, request: &str) -> String {
+    let mut socket = TcpStream::connect(("127.0.0.1", port)).expect("the port answers");
+    socket.set_read_timeout(Some(Duration::from_secs(20))).expect("a timeout can be set");
+    socket.write_all(request.as_bytes()).expect("a request goes out");
+    let mut answer = Vec::new();
+    socket.read_to_end(&mut answer).expect("an answer");
+    String::from_utf8(answer).expect("text")
+}
+
+/// Of a `GET` that says nothing but this.
+fn with_host(server: &Server, path: &str, host: &str, origin: Option<&str>) -> String {
+    let origin = origin.map_or_else(String::new, |origin| format!("Origin: {origin}\r\n"));
+    raw(server.client_port, &format!("GET {path} HTTP/1.1\r\nHost: {host}\r\n{origin}Connection: close\r\n\r\n"))
+}
+
 fn start() -> Server {
     Server::start(Path::new(&common::server_under_test(env!("CARGO_BIN_EXE_actd"))), &[])
 }
@@ -203,4 +219,111 @@ fn promtool_reads_the_metrics() {
     assert!(matches!(output.status.code(), Some(0 | 3)), "promtool: {text}");
     let ours: Vec<&str> = text.lines().filter(|line| line.starts_with("actd_")).collect();
     assert!(ours.is_empty(), "remarks about our own names: {ours:#?}");
+}
+
+#[test]
+fn who_has_said_all_still_gets_the_answer() {
+    let server = start();
+    for (port, path) in [(server.client_port, "/metrics"), (server.peer_port, "/version")] {
+        for (head, rest) in [("HTTP/1.1\r\nHost: x", ""), ("HTTP/1.0", "")] {
+            let mut socket = TcpStream::connect(("127.0.0.1", port)).expect("the port answers");
+            socket.set_read_timeout(Some(Duration::from_secs(20))).expect("a timeout can be set");
+            write!(socket, "GET {path} {head}\r\n\r\n{rest}").expect("a request goes out");
+            socket.shutdown(std::net::Shutdown::Write).expect("half of it closes");
+            let mut answer = String::new();
+            socket.read_to_string(&mut answer).expect("an answer");
+            assert!(answer.split(' ').nth(1) == Some("200"), "{path} {head}: {answer:?}");
+        }
+    }
+}
+
+#[test]
+fn long_heads_are_read_as_far_as_gos_server_reads_them() {
+    let server = start();
+    let ask = |port, extra: &str| {
+        let answer = raw(port, &format!("GET /version HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{extra}\r\n"));
+        answer.split_once("\r\n").expect("a status line").0.to_owned()
+    };
+    for port in [server.client_port, server.peer_port] {
+        let many: String = (0..4_000).map(|n| format!("h{n}: x\r\n")).collect();
+        assert_eq!(ask(port, &many), "HTTP/1.1 200 OK");
+        let long = |bytes| format!("h: {}\r\n", "a".repeat(bytes));
+        assert_eq!(ask(port, &long(1_050_000)), "HTTP/1.1 200 OK");
+    }
+    // The rest of what is too long is not read, so the answer may be lost: only that there is no good one is certain.
+    let mut socket = TcpStream::connect(("127.0.0.1", server.client_port)).expect("the port answers");
+    let head = "GET /version HTTP/1.1\r\nHost: x\r\nConnection: close\r\n";
+    let _ = write!(socket, "{head}h: {}\r\n\r\n", "a".repeat(4 << 20));
+    let mut answer = Vec::new();
+    let _ = socket.read_to_end(&mut answer);
+    assert!(!answer.starts_with(b"HTTP/1.1 200"));
+}
+
+#[test]
+fn a_request_must_name_one_well_formed_host() {
+    let server = start();
+    let cases = [
+        ("", "400 Bad Request: missing required Host header"),
+        ("Host: a\r\nHost: a\r\n", "400 Bad Request"),
+        ("Host: a b\r\n", "400 Bad Request: malformed Host header"),
+        ("Host:\r\n", "200 OK"),
+    ];
+    for port in [server.client_port, server.peer_port] {
+        for (hosts, expected) in cases {
+            // A refusal closes the connection unasked.
+            let close = if expected == "200 OK" { "Connection: close\r\n" } else { "" };
+            let answer = raw(port, &format!("GET /version HTTP/1.1\r\n{hosts}{close}\r\n"));
+            let (head, body) = answer.split_once("\r\n\r\n").expect("a head");
+            assert!(head.starts_with(&format!("HTTP/1.1 {expected}\r\n")), "{hosts:?}: {head}");
+            assert!(head.contains("\r\nConnection: close") || head.contains("\r\nconnection: close"), "{head}");
+            assert!(expected == "200 OK" || body == expected, "{body}");
+        }
+        assert!(raw(port, "GET /version HTTP/1.0\r\n\r\n").starts_with("HTTP/1.0 200 OK\r\n"));
+        let about_all = raw(port, "OPTIONS * HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
+        assert!(about_all.starts_with("HTTP/1.1 200 OK\r\n") && !about_all.contains("Access-Control"), "{about_all}");
+    }
+}
+
+const FOR_PAGES: &str = "Access-Control-Allow-Origin: ";
+
+#[test]
+fn pages_of_any_site_may_call_by_default() {
+    let server = start();
+    for path in ["/version", "/metrics", "/nope"] {
+        let (_, headers, _) = ask(&server, "GET", path);
+        for line in [
+            "access-control-allow-origin: *",
+            "access-control-allow-methods: post, get, options, put, delete",
+            "access-control-allow-headers: accept, content-type, authorization",
+        ] {
+            assert!(headers.contains(line), "{path}: {headers}");
+        }
+    }
+    let (status, headers, body) = ask(&server, "OPTIONS", "/any/path");
+    assert_eq!((status.as_str(), body.as_str()), ("200 OK", ""));
+    assert!(headers.contains("access-control-allow-origin: *"));
+    let other_port = raw(server.peer_port, "GET /version HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
+    assert!(!other_port.contains(FOR_PAGES), "{other_port}");
+}
+
+#[test]
+fn pages_and_hosts_that_are_not_listed_get_nothing() {
+    let program = common::server_under_test(env!("CARGO_BIN_EXE_actd"));
+    let flags = ["--cors=http://a.example:80,https://b.example:8443", "--host-whitelist=good.example,127.0.0.1"];
+    let server = Server::start(Path::new(&program), &flags);
+    let allowed = with_host(&server, "/version", "good.example:80", Some("https://b.example:8443"));
+    assert!(allowed.contains("Access-Control-Allow-Origin: https://b.example:8443\r\n"), "{allowed}");
+    for origin in [None, Some("http://c.example:80"), Some("http://A.example:80"), Some("http://a.example:80/")] {
+        let answer = with_host(&server, "/version", "good.example", origin);
+        assert!(answer.starts_with("HTTP/1.1 200 OK") && !answer.contains("Access-Control"), "{origin:?}: {answer}");
+    }
+    for host in ["bad.example:1", "GOOD.example", ""] {
+        let answer = with_host(&server, "/metrics", host, Some("http://a.example:80"));
+        let (head, body) = answer.split_once("\r\n\r\n").expect("a head");
+        assert!(head.starts_with("HTTP/1.1 421 Misdirected Request\r\n"), "{host}: {head}");
+        assert!(!head.contains(FOR_PAGES), "{head}");
+        let name = host.trim_end_matches(":1");
+        assert!(body.contains(&format!("  - e.g. etcd --host-whitelist \"{name}\"\n\n")), "{body}");
+        assert!(body.ends_with("attacks (CVE-2018-5702).\n\n") && body.len() == 362 + name.len(), "{body}");
+    }
 }

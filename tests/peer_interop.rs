@@ -139,7 +139,7 @@ async fn attach(server: &common::Server) {
     });
     let _ = follower.transport.set(transport.clone());
     let others: Handler = Arc::new(|_| Box::pin(async { http::Response::default() }));
-    let _listening = bound.serve(&arbiter.handle(), &transport, &others);
+    let _listening = bound.serve(&arbiter.handle(), &transport, &others, 64);
     let peer_urls = vec![format!("http://127.0.0.1:{}", server.peer_port)];
     transport.set_members(&[Member { id: header.member_id, peer_urls, ..Member::default() }]);
 

@@ -3,7 +3,7 @@
 use std::{
     pin::Pin,
     sync::atomic::{AtomicU64, Ordering::Relaxed},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use tokio::sync::{Semaphore, mpsc, oneshot};
@@ -33,6 +33,8 @@ use crate::{
 
 /// Backups at the same time; more wait. Each is a thread and a hold on old rows.
 static BACKUPS: Semaphore = Semaphore::const_new(32);
+/// After so long without progress a backup loses its place, if all are taken: who stalls must not keep others out.
+const STALLED: Duration = Duration::from_secs(60);
 /// Parts of a backup, 32 KiB each, that wait for their client.
 const PARTS_AHEAD: usize = 4;
 
@@ -52,26 +54,62 @@ impl Drop for Running {
     }
 }
 
-/// The client of a backup.
-struct Parts(mpsc::Sender<Result<SnapshotResponse, Status>>);
+type Answer = Result<SnapshotResponse, Status>;
+
+/// The client of a backup, as its thread sees it.
+struct Parts {
+    to: mpsc::Sender<Answer>,
+    /// Room for the last word: without it a backup that broke off would end as if it were complete.
+    last: Option<mpsc::OwnedPermit<Answer>>,
+    places: &'static Semaphore,
+    patience: Duration,
+    runtime: tokio::runtime::Handle,
+}
+
+impl Parts {
+    fn new(places: &'static Semaphore, patience: Duration) -> (Self, mpsc::Receiver<Answer>) {
+        let (to, parts) = mpsc::channel(PARTS_AHEAD + 1);
+        let last = to.clone().try_reserve_owned().ok();
+        (Self { to, last, places, patience, runtime: tokio::runtime::Handle::current() }, parts)
+    }
+
+    fn break_off(&mut self, status: Status) {
+        if let Some(last) = self.last.take() {
+            last.send(Err(status));
+        }
+    }
+
+    /// Waits for room. False: the client is gone, or takes nothing while others wait for its place.
+    async fn send(&mut self, response: SnapshotResponse) -> bool {
+        loop {
+            match tokio::time::timeout(self.patience, self.to.reserve()).await {
+                Ok(room) => return room.map(|room| room.send(Ok(response))).is_ok(),
+                Err(_) if self.places.available_permits() > 0 => {}
+                Err(_) => break,
+            }
+        }
+        tracing::warn!(stalled = ?self.patience, "a backup was ended: its client takes nothing, and all places are taken");
+        self.break_off(Status::aborted("the backup made no progress while others waited"));
+        false
+    }
+}
 
 impl backup::Receiver for Parts {
     fn is_there(&self) -> bool {
-        !self.0.is_closed()
+        !self.to.is_closed()
     }
 
     fn take(&mut self, Part { blob, remaining_bytes, version }: Part) -> bool {
         // M-33: no header.
         let response = SnapshotResponse { header: None, remaining_bytes, blob, version };
-        self.0.blocking_send(Ok(response)).is_ok()
+        self.runtime.clone().block_on(self.send(response))
     }
 }
 
 impl Drop for Parts {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            // Else the stream would end as if it were complete.
-            let _ = self.0.blocking_send(Err(Status::internal("the backup broke off")));
+            self.break_off(Status::internal("the backup broke off"));
         }
     }
 }
@@ -197,7 +235,7 @@ impl Maintenance for Handle {
 
     async fn snapshot(&self, _: Request<SnapshotRequest>) -> Result<Response<Self::SnapshotStream>, Status> {
         let slot = BACKUPS.acquire().await.map_err(|_| Error::Stopped)?;
-        let (sender, parts) = mpsc::channel(PARTS_AHEAD);
+        let (mut to, parts) = Parts::new(&BACKUPS, STALLED);
         let server = self.server.clone();
         // A client that goes away closes the channel, and the next look at it ends the thread, and with it the hold
         // on the engine's old rows.
@@ -205,13 +243,12 @@ impl Maintenance for Handle {
             let _slot = slot;
             let _running = Running::start(server.metrics.clone(), |m| &m.backups_running);
             let began = Instant::now();
-            let mut to = Parts(sender);
             match backup::send(&*server.storage, &mut to) {
                 Ok(()) => server.metrics.backups.record(began.elapsed()),
                 Err(snapshot::Error::Gone) => tracing::info!("a backup was ended by its client"),
                 Err(e) => {
                     tracing::warn!("a backup failed: {e}");
-                    let _ = to.0.blocking_send(Err(Status::internal(e.to_string())));
+                    to.break_off(Status::internal(e.to_string()));
                 }
             }
         };
@@ -254,5 +291,47 @@ impl Maintenance for Handle {
         let view = self.server.view.load_full();
         let version = view.members.cluster_version().map_or_else(String::new, |v| format!("{}.{}", v.major, v.minor));
         Ok(Response::new(DowngradeResponse { header: Some(self.server.header_of(&view)), version }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{backup::Receiver, *};
+
+    const PATIENCE: Duration = Duration::from_millis(50);
+
+    fn part(remaining_bytes: u64) -> Part {
+        Part { remaining_bytes, blob: bytes::Bytes::new(), version: String::new() }
+    }
+
+    #[tokio::test]
+    async fn a_stalled_backup_loses_its_place_and_says_so() {
+        static NONE_FREE: Semaphore = Semaphore::const_new(0);
+        let (mut to, mut parts) = Parts::new(&NONE_FREE, PATIENCE);
+        let taken = std::thread::spawn(move || (0..100).take_while(|&n| to.take(part(n))).count());
+        while !taken.is_finished() {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(taken.join().expect("no panic"), PARTS_AHEAD);
+        for n in 0..PARTS_AHEAD {
+            assert_eq!(parts.recv().await.expect("a part").expect("in order").remaining_bytes, n as u64);
+        }
+        let end = parts.recv().await.expect("the last word").expect_err("not as if it were complete");
+        assert_eq!(end.code(), tonic::Code::Aborted);
+        assert!(parts.recv().await.is_none());
+    }
+
+    #[tokio::test]
+    async fn a_slow_backup_goes_on_while_there_are_places() {
+        static ONE_FREE: Semaphore = Semaphore::const_new(1);
+        let (mut to, mut parts) = Parts::new(&ONE_FREE, PATIENCE);
+        let taken = std::thread::spawn(move || (0..10).take_while(|&n| to.take(part(n))).count());
+        tokio::time::sleep(4 * PATIENCE).await;
+        assert!(!taken.is_finished(), "it waits");
+        for _ in 0..10 {
+            parts.recv().await.expect("a part").expect("no error");
+        }
+        assert!(parts.recv().await.is_none());
+        assert_eq!(taken.join().expect("no panic"), 10);
     }
 }

@@ -62,6 +62,21 @@ pub struct ApplyActor {
     compacting_since: Option<Instant>,
     /// No slice of clean-up before this.
     pause_until: Option<Instant>,
+    clock: Laps,
+}
+
+/// When the entry before was done, so that none is charged with the time of those before it in its turn.
+struct Laps(Instant);
+
+impl Laps {
+    /// The next entry begins: at the beginning of its turn, or when the one before ended.
+    fn begin(&mut self, turn: Instant) {
+        self.0 = self.0.max(turn);
+    }
+
+    fn end(&mut self, now: Instant) -> Duration {
+        now.saturating_duration_since(std::mem::replace(&mut self.0, now))
+    }
 }
 
 /// For the time of the last compaction alone.
@@ -73,7 +88,15 @@ fn unix_secs() -> u64 {
 impl ApplyActor {
     pub fn new(core: Core, wiring: Wiring) -> Self {
         let answers = wiring.replies.batch();
-        Self { core, wiring, answers, defragment_waiters: Vec::new(), compacting_since: None, pause_until: None }
+        Self {
+            core,
+            wiring,
+            answers,
+            defragment_waiters: Vec::new(),
+            compacting_since: None,
+            pause_until: None,
+            clock: Laps(Instant::now()),
+        }
     }
 
     /// Takes on the state of a leader's snapshot. Control comes before data, so nothing is in hand.
@@ -165,13 +188,12 @@ impl Actor for ApplyActor {
     type Control = Control;
 
     fn on_message(&mut self, work: Work, turn: &Turn) {
-        let mut began = turn.now;
+        self.clock.begin(turn.now);
         for entry in work.entries {
             let (index, bytes) = (entry.index, entry.data.len());
             let applied = self.core.apply(entry);
-            let ended = Instant::now();
+            let took = self.clock.end(Instant::now());
             if let Some((kind, done)) = applied {
-                let took = ended.saturating_duration_since(began);
                 self.wiring.metrics.applies.record(kind, done, took);
                 if took > self.wiring.slow_apply && !self.wiring.slow_apply.is_zero() {
                     self.wiring.metrics.slow_applies.fetch_add(1, Ordering::Relaxed);
@@ -179,7 +201,6 @@ impl Actor for ApplyActor {
                     tracing::warn!(?took, expected_duration = ?expected, request = ?kind, index, bytes, "apply request took too long");
                 }
             }
-            began = ended;
         }
     }
 
@@ -249,5 +270,27 @@ impl Actor for ApplyActor {
 
     fn has_work(&self) -> bool {
         self.core.is_cleaning() && self.pause_until.is_none()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_entry_is_charged_with_its_own_time_alone() {
+        let (start, ms) = (Instant::now(), Duration::from_millis);
+        let mut laps = Laps(start);
+        let turn = start + ms(10);
+        // Two messages of one turn, the first with two entries.
+        laps.begin(turn);
+        assert_eq!(laps.end(turn + ms(90)), ms(90));
+        assert_eq!(laps.end(turn + ms(91)), ms(1));
+        laps.begin(turn);
+        assert_eq!(laps.end(turn + ms(93)), ms(2));
+        // The commit between turns is nobody's.
+        let turn = turn + ms(500);
+        laps.begin(turn);
+        assert_eq!(laps.end(turn + ms(3)), ms(3));
     }
 }

@@ -385,9 +385,9 @@ pub static TABLE: &[Group] = &[
             flag("tls-max-version", Text(|c| &mut c.tls_max_version), "",
                 "highest version spoken: TLS1.2 or TLS1.3; empty means the highest known").waits(TLS),
             flag("cors", Origins(|c| &mut c.cors), "*",
-                "web origins whose pages may call the HTTP API; * allows all").waits(GATEWAY),
+                "web origins whose pages may call the HTTP API; * allows all"),
             flag("host-whitelist", Words(|c| &mut c.host_whitelist), "*",
-                "Host names accepted on HTTP requests without TLS; * allows all").waits(GATEWAY),
+                "Host names accepted on HTTP requests without TLS; * allows all"),
         ],
     },
     Group {

@@ -3,13 +3,16 @@
 //! One listener per address; two processes on one port are refused by the kernel unless `--socket-reuse-port` says
 //! otherwise.
 
-use std::{io, net::SocketAddr, sync::Arc};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::net::{TcpListener, UnixListener};
+use tokio::{
+    net::{TcpListener, UnixListener},
+    sync::Semaphore,
+};
 
-use super::runtime::{Accepted, Runtimes, Serves};
-use crate::config::Url;
+use super::runtime::{Accepted, Runtimes, Serves, Socket as ClientSocket};
+use crate::{config::Url, telemetry::logs::Seldom};
 
 pub enum Listener {
     Tcp(TcpListener),
@@ -18,6 +21,10 @@ pub enum Listener {
 
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 1024;
+/// Before the first probe of a silent connection, and between probes.
+const KEEP_ALIVE: Duration = Duration::from_secs(30);
+/// After an accept that failed.
+const RETRY: Duration = Duration::from_millis(10);
 
 /// Binds every address of `url`.
 pub async fn bind(url: &Url, reuse_port: bool) -> io::Result<Vec<Listener>> {
@@ -64,22 +71,39 @@ fn bind_tcp(address: SocketAddr, reuse_port: bool) -> io::Result<TcpListener> {
     TcpListener::from_std(socket.into())
 }
 
-/// Accepts until the process ends.
-pub async fn accept(listener: Listener, runtimes: Arc<Runtimes>, serves: Serves) {
+/// A client that vanished is noticed although nothing is sent to it. Best effort.
+fn keep_alive(socket: &tokio::net::TcpStream) {
+    let keepalive = socket2::TcpKeepalive::new().with_time(KEEP_ALIVE).with_interval(KEEP_ALIVE);
+    let _ = socket2::SockRef::from(socket).set_tcp_keepalive(&keepalive);
+}
+
+/// Accepts until the process ends. Each connection has a place of `places` for as long as it lasts; without one the
+/// next waits in the kernel's queue.
+pub async fn accept(listener: Listener, runtimes: Arc<Runtimes>, serves: Serves, places: Arc<Semaphore>) {
+    let (mut full, mut failing) = (Seldom::default(), Seldom::default());
     loop {
+        if places.available_permits() == 0
+            && let Some(unsaid) = full.admit()
+        {
+            tracing::warn!(unsaid, "all places for client connections are taken; more clients wait until one leaves");
+        }
+        let Ok(place) = places.clone().acquire_owned().await else { return };
         let accepted = match &listener {
             Listener::Tcp(l) => l.accept().await.and_then(|(s, _)| {
                 s.set_nodelay(true)?;
-                Ok(Accepted::Tcp(s.into_std()?))
+                keep_alive(&s);
+                Ok(ClientSocket::Tcp(s.into_std()?))
             }),
-            Listener::Unix(l) => l.accept().await.and_then(|(s, _)| Ok(Accepted::Unix(s.into_std()?))),
+            Listener::Unix(l) => l.accept().await.and_then(|(s, _)| Ok(ClientSocket::Unix(s.into_std()?))),
         };
         match accepted {
-            Ok(socket) => runtimes.hand_over(socket, serves),
+            Ok(socket) => runtimes.hand_over(Accepted { socket, serves, place }),
             Err(e) => {
                 // Out of descriptors, or the caller has already gone: the next may do better.
-                tracing::warn!("cannot accept a connection: {e}");
-                tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+                if let Some(unsaid) = failing.admit() {
+                    tracing::warn!(unsaid, "cannot accept a connection: {e}");
+                }
+                tokio::time::sleep(RETRY).await;
             }
         }
     }

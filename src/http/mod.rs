@@ -1,6 +1,8 @@
-//! HTTP on the client port: health, version, metrics, what helps debugging; and the listeners that both gRPC and HTTP come in by.
+//! HTTP on the client port: health, version, metrics, what helps debugging; what comes before them; and the listeners that
+//! both gRPC and HTTP come in by.
 
 mod debug;
+pub mod front;
 mod health;
 pub mod listener;
 mod metrics;
@@ -16,12 +18,36 @@ use crate::{
     cluster::Version,
     config::ETCD_VERSION,
 };
+use front::Front;
 use runtime::Serves;
 
 pub type Answer = Response<Full<Bytes>>;
 
+/// HTTP/1.1 heads: Go's bound for their bytes; what has come with the last read may go beyond it. Go counts no headers;
+/// our parser must, and sets aside 64 bytes for each.
+pub const HEAD_BYTES_MAX: usize = (1 << 20) + 4096;
+pub const HEADERS_MAX: usize = 4096;
+
 /// Answers a plain HTTP request.
-pub async fn respond<B>(handle: &Handle, serves: Serves, request: &Request<B>) -> Answer {
+pub async fn respond<B>(handle: &Handle, front: &Front, serves: Serves, request: &Request<B>) -> Answer {
+    if let Some(refused) = front::refusal(request) {
+        return refused;
+    }
+    if serves == Serves::Metrics {
+        return route(handle, serves, request).await;
+    }
+    if let Some(refused) = front.misdirected(request) {
+        return refused;
+    }
+    let mut answer = match *request.method() {
+        Method::OPTIONS => Answer::default(),
+        _ => route(handle, serves, request).await,
+    };
+    front.allow(request.headers(), &mut answer);
+    answer
+}
+
+async fn route<B>(handle: &Handle, serves: Serves, request: &Request<B>) -> Answer {
     let path = request.uri().path();
     let query = request.uri().query().unwrap_or("");
     // A listener for metrics serves these and the health endpoints only.

@@ -15,17 +15,25 @@ use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     server::conn::auto,
 };
+use tokio::sync::OwnedSemaphorePermit;
 use tonic::body::Body;
 
-use super::plain_io::PlainIo;
+use super::{HEAD_BYTES_MAX, HEADERS_MAX, front::Front, plain_io::PlainIo};
 use crate::{
     api::{Handle, Routes, Server},
     apply::Deliveries,
     watch,
 };
 
-/// A socket on its way to a runtime.
-pub enum Accepted {
+/// A connection on its way to a runtime.
+pub struct Accepted {
+    pub socket: Socket,
+    pub serves: Serves,
+    /// Given back when the connection ends.
+    pub place: OwnedSemaphorePermit,
+}
+
+pub enum Socket {
     Tcp(std::net::TcpStream),
     Unix(std::os::unix::net::UnixStream),
 }
@@ -52,13 +60,27 @@ pub struct Limits {
 const WINDOW: u32 = 1 << 20;
 const CONNECTION_WINDOW: u32 = 4 << 20;
 const HEADER_LIST_MAX: u32 = 16 << 20;
+/// Calls given up before this side has looked at them. A connection's task reads at most 128 times (tokio's budget), some
+/// 16 KiB each, before it looks at all that came; a call that is given up is 100 bytes at the least (head, message,
+/// reset), so clients that keep to gRPC stay below this. It also bounds what one that does not can pile up: 20 MiB.
+const UNSEEN_RESETS_MAX: usize = 20_000;
+/// Streams that this side had to reset, in a connection's life: a client still sending a message that was refused for
+/// its size does that each time, and would be cut off. Resets that a client does not read stay in memory, hence a bound.
+const OWN_RESETS_MAX: usize = 100_000;
 const HEADER_READ_MAX: Duration = Duration::from_secs(300);
 
 pub struct Runtimes(Vec<Runtime>);
 
 struct Runtime {
-    sockets: flume::Sender<(Accepted, Serves)>,
+    sockets: flume::Sender<Accepted>,
     connections: Arc<AtomicUsize>,
+}
+
+/// What every connection is served with.
+#[derive(Clone)]
+struct Service {
+    front: Arc<Front>,
+    limits: Limits,
 }
 
 /// What one runtime is made of.
@@ -71,7 +93,8 @@ pub struct Parts {
 
 impl Runtimes {
     /// Starts one thread for each of `parts`.
-    pub fn start(server: &Arc<Server>, parts: Vec<Parts>, limits: &Limits) -> Self {
+    pub fn start(server: &Arc<Server>, parts: Vec<Parts>, limits: &Limits, front: Front) -> Self {
+        let front = Arc::new(front);
         Self(
             parts
                 .into_iter()
@@ -79,10 +102,11 @@ impl Runtimes {
                 .map(|(index, parts)| {
                     let (sockets, accepted) = flume::unbounded();
                     let connections = Arc::new(AtomicUsize::new(0));
-                    let (server, limits, counter) = (server.clone(), limits.clone(), connections.clone());
+                    let service = Service { front: front.clone(), limits: limits.clone() };
+                    let (server, counter) = (server.clone(), connections.clone());
                     std::thread::Builder::new()
                         .name(format!("rpc-{index}"))
-                        .spawn(move || run(index, server, parts, limits, accepted, counter))
+                        .spawn(move || run(index, server, parts, service, accepted, counter))
                         .expect("a thread can be started at start-up");
                     Runtime { sockets, connections }
                 })
@@ -90,12 +114,12 @@ impl Runtimes {
         )
     }
 
-    /// Gives the socket to the least busy runtime.
-    pub fn hand_over(&self, socket: Accepted, serves: Serves) {
+    /// Gives the connection to the least busy runtime.
+    pub fn hand_over(&self, accepted: Accepted) {
         let least = self.0.iter().min_by_key(|r| r.connections.load(Ordering::Relaxed));
         if let Some(runtime) = least {
             runtime.connections.fetch_add(1, Ordering::Relaxed);
-            let _ = runtime.sockets.send((socket, serves));
+            let _ = runtime.sockets.send(accepted);
         }
     }
 
@@ -108,8 +132,8 @@ fn run(
     index: usize,
     server: Arc<Server>,
     parts: Parts,
-    limits: Limits,
-    accepted: flume::Receiver<(Accepted, Serves)>,
+    service: Service,
+    accepted: flume::Receiver<Accepted>,
     connections: Arc<AtomicUsize>,
 ) {
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -132,19 +156,19 @@ fn run(
         );
         tokio::task::spawn_local(hub);
         let routes = Routes::new(Handle { server, runtime: index, watch: parts.watch });
-        while let Ok((socket, serves)) = accepted.recv_async().await {
+        while let Ok(Accepted { socket, serves, place }) = accepted.recv_async().await {
             let routes = routes.clone();
-            let limits = limits.clone();
+            let service = service.clone();
             let leaving = Leaving(connections.clone());
             tokio::spawn(async move {
-                let _leaving = leaving;
+                let _leaving = (leaving, place);
                 let served = match socket {
-                    Accepted::Tcp(s) => match tokio::net::TcpStream::from_std(s) {
-                        Ok(s) => serve(s, routes, serves, &limits).await,
+                    Socket::Tcp(s) => match tokio::net::TcpStream::from_std(s) {
+                        Ok(s) => serve(s, routes, serves, service).await,
                         Err(e) => Err(e.into()),
                     },
-                    Accepted::Unix(s) => match tokio::net::UnixStream::from_std(s) {
-                        Ok(s) => serve(s, routes, serves, &limits).await,
+                    Socket::Unix(s) => match tokio::net::UnixStream::from_std(s) {
+                        Ok(s) => serve(s, routes, serves, service).await,
                         Err(e) => Err(e.into()),
                     },
                 };
@@ -168,7 +192,7 @@ async fn serve<S>(
     socket: S,
     routes: Routes,
     serves: Serves,
-    limits: &Limits,
+    Service { front, limits }: Service,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>>
 where
     S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin + 'static,
@@ -178,7 +202,15 @@ where
         // Nothing of HTTP/1 has a meaning here: the connection ends.
         builder = builder.http2_only();
     }
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_READ_MAX);
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_READ_MAX)
+        .max_buf_size(HEAD_BYTES_MAX)
+        .max_headers(HEADERS_MAX)
+        .title_case_headers(true)
+        // Who has said all may still listen.
+        .half_close(true);
     let streams = (limits.max_concurrent_streams != u32::MAX).then_some(limits.max_concurrent_streams);
     builder
         .http2()
@@ -186,18 +218,20 @@ where
         .max_concurrent_streams(streams)
         .initial_stream_window_size(WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
-        .max_header_list_size(HEADER_LIST_MAX);
+        .max_header_list_size(HEADER_LIST_MAX)
+        .max_pending_accept_reset_streams(UNSEEN_RESETS_MAX)
+        .max_local_error_reset_streams(OWN_RESETS_MAX);
     if let Some((interval, timeout)) = limits.pings {
         builder.http2().keep_alive_interval(interval).keep_alive_timeout(timeout);
     }
     let service = hyper::service::service_fn(move |request| {
-        let routes = routes.clone();
-        async move { Ok::<_, std::convert::Infallible>(answer(&routes, serves, request).await) }
+        let (routes, front) = (routes.clone(), front.clone());
+        async move { Ok::<_, std::convert::Infallible>(answer(&routes, &front, serves, request).await) }
     });
     builder.serve_connection(TokioIo::new(PlainIo(socket)), service).await
 }
 
-async fn answer(routes: &Routes, serves: Serves, request: Request<Incoming>) -> Response<Body> {
+async fn answer(routes: &Routes, front: &Front, serves: Serves, request: Request<Incoming>) -> Response<Body> {
     let http2 = request.version() == http::Version::HTTP_2;
     let grpc = matches!(serves, Serves::GrpcAndHttp | Serves::Grpc);
     if http2 && grpc {
@@ -211,6 +245,7 @@ async fn answer(routes: &Routes, serves: Serves, request: Request<Incoming>) -> 
         *response.status_mut() = http::StatusCode::UNSUPPORTED_MEDIA_TYPE;
         return response;
     }
-    let response: Response<http_body_util::Full<Bytes>> = super::respond(routes.handle(), serves, &request).await;
+    let response: Response<http_body_util::Full<Bytes>> =
+        super::respond(routes.handle(), front, serves, &request).await;
     response.map(Body::new)
 }

@@ -114,6 +114,14 @@ impl<P: Proposer> LeaseActor<P> {
         }
     }
 
+    /// While revocations are refused, callers give up and come again: those who gave up must not pile up.
+    fn forget_who_left(&mut self) {
+        self.waiting.retain(|_, answers| {
+            answers.retain(|answer| !answer.is_closed());
+            !answers.is_empty()
+        });
+    }
+
     fn work(&mut self, now: Instant) {
         let now = self.ms(now);
         for id in self.expirer.tick(now) {
@@ -183,7 +191,7 @@ impl<P: Proposer> Actor for LeaseActor<P> {
                     }
                 }
             }
-            Control::Tick => {}
+            Control::Tick => self.forget_who_left(),
             Control::Stop => return Flow::Stop,
         }
         Flow::Continue
@@ -191,5 +199,49 @@ impl<P: Proposer> Actor for LeaseActor<P> {
 
     fn on_turn_end(&mut self, turn: &Turn) {
         self.work(turn.now);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::atomic::AtomicU64, time::Duration};
+
+    use super::*;
+    use crate::{lease::Leases, storage::WriteBatch};
+
+    /// Revocations are asked for and never happen.
+    struct Refused;
+
+    impl Proposer for Refused {
+        fn revoke(&mut self, _: i64, _: u64) {}
+        fn checkpoint(&mut self, _: Vec<LeaseCheckpoint>, _: u64) {}
+    }
+
+    #[test]
+    fn callers_that_gave_up_are_forgotten_while_revocations_are_refused() {
+        let actor_start = Instant::now();
+        let mut leases = Leases::new(1);
+        leases.grant(7, 1, &mut WriteBatch::default()).expect("a lease");
+        let view = Box::new(move || leases.set().clone());
+        let mut actor = LeaseActor::new(Expirer::new(100, 7_000, false), Refused, view, Arc::new(AtomicU64::new(0)));
+        let turn = |ms| Turn { now: actor_start + Duration::from_millis(ms) };
+        actor.on_control(Control::Leader { term: 2 }, &turn(0));
+        actor.on_turn_end(&turn(60_000));
+        let renew = |actor: &mut LeaseActor<Refused>| {
+            let (answer, renewed) = oneshot::channel();
+            actor.on_message(Ask::Renew { id: 7, answer }, &turn(60_000));
+            renewed
+        };
+        let mut stays = renew(&mut actor);
+        for _ in 0..1_000 {
+            drop(renew(&mut actor));
+        }
+        actor.on_control(Control::Tick, &turn(67_000));
+        assert_eq!(actor.waiting[&7].len(), 1);
+        actor.on_control(Control::Notices(vec![LeaseNotice::Gone { id: 7 }]), &turn(67_000));
+        assert_eq!(stays.try_recv(), Ok(Renewed::Gone));
+        drop(renew(&mut actor));
+        actor.on_control(Control::Tick, &turn(67_000));
+        assert!(actor.waiting.is_empty());
     }
 }

@@ -13,6 +13,7 @@ use raft::{
 use super::{
     Answer, Append, Committed, Inspection, Install, Progress, Proposal, Reading, convert,
     held::Held,
+    lines::Lines,
     log::MemLog,
     reads::{ReadRequest, Reads},
 };
@@ -166,7 +167,7 @@ impl Core {
             pre_vote: options.pre_vote,
             ..Default::default()
         };
-        let logger = slog::Logger::root(LogDrain, slog::o!());
+        let logger = slog::Logger::root(Lines, slog::o!());
         let node = RawNode::new(&config, log, &logger).map_err(|e| format!("raft refuses this log: {e}"))?;
         Ok(Self {
             node,
@@ -806,24 +807,5 @@ impl Core {
             state: state(p.state),
         };
         self.node.raft.prs().iter().map(progress).collect()
-    }
-}
-
-/// Sends raft-rs's own lines to our log.
-struct LogDrain;
-
-impl slog::Drain for LogDrain {
-    type Ok = ();
-    type Err = slog::Never;
-
-    fn log(&self, record: &slog::Record<'_>, _: &slog::OwnedKVList) -> Result<(), slog::Never> {
-        let message = record.msg();
-        match record.level() {
-            slog::Level::Critical | slog::Level::Error => tracing::error!(target: "raft", "{message}"),
-            slog::Level::Warning => tracing::warn!(target: "raft", "{message}"),
-            slog::Level::Info => tracing::info!(target: "raft", "{message}"),
-            _ => {}
-        }
-        Ok(())
     }
 }

@@ -21,6 +21,7 @@ mod cluster_tests;
 mod convert;
 mod core;
 mod held;
+mod lines;
 mod log;
 mod reads;
 mod status;

@@ -45,7 +45,7 @@ pub struct Opened {
     pub remotes: Vec<Member>,
 }
 
-pub async fn open(config: &Config) -> anyhow::Result<Opened> {
+pub async fn open(config: &Config, store: &Options) -> anyhow::Result<Opened> {
     let member_dir = config.member_path();
     fs::DirBuilder::new()
         .recursive(true)
@@ -87,7 +87,7 @@ pub async fn open(config: &Config) -> anyhow::Result<Opened> {
         );
     }
     import::settle(&stores, compacted.0)?;
-    let storage = Arc::new(StoreInUse::new(stores.open_current(&Options::default())?));
+    let storage = Arc::new(StoreInUse::new(stores.open_current(store)?));
     let learners_max = usize::try_from(config.max_learners).unwrap_or(0);
     let settings = apply::Settings {
         member_id: ids.member,

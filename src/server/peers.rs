@@ -213,12 +213,13 @@ pub fn install(
     install: Install,
     in_use: &Arc<StoreInUse>,
     dir: &StoreDir,
+    options: &Options,
     settings: &apply::Settings,
 ) -> anyhow::Result<apply::Core> {
     let before = dir.current()?;
     import::switch(dir, install.index)?;
     let name = dir.current()?.context("CURRENT was just written")?;
-    let new = Arc::new(FjallStorage::open(&dir.path(&name), &Options::default())?);
+    let new = Arc::new(FjallStorage::open(&dir.path(&name), options)?);
     let mut core = apply::Core::open(new.clone(), settings.clone())?;
     core.members().check_release(settings.release)?;
     anyhow::ensure!(core.applied_index() == install.index, "the store is of index {}", core.applied_index());

@@ -28,8 +28,8 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 /// What the file `format` holds; the digits are the version.
@@ -45,6 +45,8 @@ pub struct Options {
     pub value_cache_bytes: u64,
     /// Blocks of tables kept in memory. Small: hot values have a cache of their own.
     pub block_cache_bytes: u64,
+    /// Tables kept open; others are opened for each read.
+    pub open_tables: usize,
     /// `key` rows collected in memory before they are written as a table. Up to four times as much waits
     /// for the disk before commits block.
     pub memtable_bytes: u64,
@@ -57,6 +59,7 @@ impl Default for Options {
         Self {
             value_cache_bytes: 64 << 20,
             block_cache_bytes: 32 << 20,
+            open_tables: 32,
             memtable_bytes: 32 << 20,
             journal_bytes: 128 << 20,
         }
@@ -71,7 +74,8 @@ pub struct FjallStorage {
     syncer: Mutex<Syncer>,
     committed_batches: AtomicU64,
     blocked_micros: AtomicU64,
-    failed: AtomicBool,
+    /// Why nothing is written any more.
+    failed: OnceLock<Error>,
     repaired: Option<Repaired>,
 }
 
@@ -111,7 +115,7 @@ impl FjallStorage {
             syncer: Mutex::new(syncer),
             committed_batches: AtomicU64::new(0),
             blocked_micros: AtomicU64::new(0),
-            failed: AtomicBool::new(false),
+            failed: OnceLock::new(),
             repaired: checked.repaired,
         })
     }
@@ -152,15 +156,12 @@ impl FjallStorage {
     }
 
     fn fail(&self, error: Error) -> Error {
-        self.failed.store(true, Ordering::Release);
-        error
+        // The first is the reason; others follow from it.
+        self.failed.get_or_init(|| error).clone()
     }
 
     fn check(&self) -> Result<(), Error> {
-        if self.failed.load(Ordering::Acquire) {
-            return Err(Error::Fatal("an earlier write or sync failed".into()));
-        }
-        Ok(())
+        self.failed.get().map_or(Ok(()), |reason| Err(reason.clone()))
     }
 }
 
@@ -309,6 +310,7 @@ fn open_rows(rows: &Path, options: &Options) -> Result<(Database, Keyspace, Keys
     let open = || {
         let db = Database::builder(rows)
             .cache_size(options.block_cache_bytes)
+            .max_cached_files(Some(options.open_tables))
             .max_journaling_size(options.journal_bytes)
             // The scan in `journal.rs` reads plain records, and values are small.
             .journal_compression(CompressionType::None)

@@ -70,7 +70,7 @@ impl Bucket {
     }
 }
 
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum Error {
     /// The write or sync failed or the store is damaged: the process must stop acknowledging and exit.
     #[error("storage: {0}")]

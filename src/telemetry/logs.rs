@@ -10,8 +10,8 @@ use std::collections::HashMap;
 use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::sync::{Arc, Mutex, PoisonError, TryLockError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tracing::field::{Field, Visit};
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
@@ -50,6 +50,18 @@ pub struct Guard {
 impl Guard {
     pub fn notice(&self, notice: &Notice) {
         self.logs.notice(notice);
+    }
+
+    /// From now on a panic is a line of the log, with its reason and place. Whether the process goes on is for others
+    /// to decide.
+    pub fn report_panics(&self) {
+        let logs = self.logs.clone();
+        let plainly = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            if !logs.panicked(panic) {
+                plainly(panic);
+            }
+        }));
     }
 }
 
@@ -151,11 +163,45 @@ impl Logs {
         });
     }
 
+    /// False if it is not to be written, or cannot be.
+    fn panicked(&self, panic: &std::panic::PanicHookInfo<'_>) -> bool {
+        if Level::Panic < self.level {
+            return false;
+        }
+        let thread = std::thread::current().name().unwrap_or("unnamed").to_owned();
+        let mut fields = vec![("thread".to_owned(), Value::from(thread))];
+        // Only when the environment asks for it.
+        let backtrace = std::backtrace::Backtrace::capture();
+        if backtrace.status() == std::backtrace::BacktraceStatus::Captured {
+            fields.push(("stacktrace".to_owned(), Value::from(backtrace.to_string())));
+        }
+        let payload = panic.payload();
+        let message = payload.downcast_ref::<&str>().copied().or(payload.downcast_ref::<String>().map(String::as_str));
+        let line = Line {
+            level: Level::Panic,
+            logger: None,
+            caller: panic.location().map_or_else(|| "unknown".to_owned(), |at| short_caller(at.file(), at.line())),
+            message: message.unwrap_or("panic").to_owned(),
+            fields,
+        };
+        // Not waited for: the panic may have come while this very thread wrote a line.
+        match self.sink.try_lock() {
+            Ok(mut sink) => self.write_to(&mut sink, &line),
+            Err(TryLockError::Poisoned(sink)) => self.write_to(&mut sink.into_inner(), &line),
+            Err(TryLockError::WouldBlock) => return false,
+        }
+        true
+    }
+
     fn write(&self, line: &Line) {
-        #[allow(clippy::disallowed_methods)] // a log line tells when it was written
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
         // A panic while a line was written leaves at worst half a line; logging goes on.
         let mut sink = self.sink.lock().unwrap_or_else(PoisonError::into_inner);
+        self.write_to(&mut sink, line);
+    }
+
+    fn write_to(&self, sink: &mut Sink, line: &Line) {
+        #[allow(clippy::disallowed_methods)] // a log line tells when it was written
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
         if !sink.sampler.admit(now.as_secs(), line.level, &line.message) {
             return;
         }
@@ -334,6 +380,31 @@ impl Visit for Fields {
     }
 }
 
+/// Lets a line through at most once in [`Seldom::EVERY`], for what may happen a hundred times a second.
+#[derive(Debug, Default)]
+pub struct Seldom {
+    said: Option<Instant>,
+    unsaid: u64,
+}
+
+impl Seldom {
+    const EVERY: Duration = Duration::from_secs(10);
+
+    /// How often it has been held back since the last line, if a line is due.
+    pub fn admit(&mut self) -> Option<u64> {
+        self.admit_at(Instant::now())
+    }
+
+    fn admit_at(&mut self, now: Instant) -> Option<u64> {
+        if self.said.is_some_and(|said| now.saturating_duration_since(said) < Self::EVERY) {
+            self.unsaid += 1;
+            return None;
+        }
+        self.said = Some(now);
+        Some(std::mem::take(&mut self.unsaid))
+    }
+}
+
 /// A duration as a field value, written as Go writes it: `info!(took = %took(start.elapsed()), "…")`.
 pub fn took(duration: Duration) -> GoDuration {
     GoDuration::from(duration)
@@ -431,6 +502,21 @@ mod tests {
     }
 
     #[test]
+    fn a_panic_is_a_line_with_its_reason_and_place() {
+        let lines = capture(Format::Json, Level::Info, |logs| {
+            Guard { logs: logs.clone() }.report_panics();
+            let _ = std::panic::catch_unwind(|| panic!("cannot write the {}: no space left", "store"));
+            // The one that tests have.
+            drop(std::panic::take_hook());
+        });
+        // Another test may have panicked meanwhile.
+        let line = lines.iter().find(|line| line.contains("cannot write the store: no space left")).expect("a line");
+        assert!(line.starts_with(r#"{"level":"panic","ts":"20"#), "{line}");
+        assert!(line.contains(r#","caller":"telemetry/logs.rs:"#) && line.contains(r#","thread":""#), "{line}");
+        assert!(serde_json::from_str::<serde_json::Map<_, _>>(line).is_ok(), "{line}");
+    }
+
+    #[test]
     fn equal_messages_are_thinned_out_within_a_second() {
         let mut sampler = Sampler::default();
         let mut admitted =
@@ -439,6 +525,13 @@ mod tests {
         assert_eq!(admitted(1, "b", 50), 50);
         assert_eq!(admitted(2, "a", 100), 100);
         assert!((0..1_000).all(|_| sampler.admit(2, Level::Fatal, "x")));
+    }
+
+    #[test]
+    fn a_fault_that_goes_on_is_told_every_ten_seconds() {
+        let (mut seldom, start) = (Seldom::default(), Instant::now());
+        let told: Vec<_> = (0..25).filter_map(|s| seldom.admit_at(start + Duration::from_secs(s))).collect();
+        assert_eq!(told, [0, 9, 9]);
     }
 
     #[test]

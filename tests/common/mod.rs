@@ -63,6 +63,7 @@ pub struct Server {
     args: Vec<OsString>,
     folder: TempDir,
     child: Option<Child>,
+    open_files: Option<u32>,
     pub client_port: u16,
     pub peer_port: u16,
 }
@@ -76,6 +77,14 @@ impl Server {
     /// As `start`, with the data in a new folder below `parent`.
     pub fn start_in(parent: &Path, program: &Path, flags: &[&str]) -> Self {
         let mut server = Self::stopped_in(parent, program, flags);
+        server.restart();
+        server
+    }
+
+    /// As `start`, with at most so many open files.
+    pub fn start_with_open_files(program: &Path, open_files: u32) -> Self {
+        let mut server = Self::stopped_in(&env::temp_dir(), program, &[]);
+        server.open_files = Some(open_files);
         server.restart();
         server
     }
@@ -101,7 +110,7 @@ impl Server {
         args.push(data_dir);
         args.extend(flags.iter().map(OsString::from));
 
-        Self { program: program.to_owned(), args, folder, child: None, client_port, peer_port }
+        Self { program: program.to_owned(), args, folder, child: None, open_files: None, client_port, peer_port }
     }
 
     /// Starts the process again on its old data and waits until it is healthy.
@@ -131,7 +140,15 @@ impl Server {
     fn spawn(&mut self) {
         self.kill();
         let log = File::options().create(true).append(true).open(self.log_path()).expect("the log file opens");
-        let child = Command::new(&self.program)
+        let mut command = match self.open_files {
+            None => Command::new(&self.program),
+            Some(limit) => {
+                let mut shell = Command::new("sh");
+                shell.arg("-c").arg(format!("ulimit -n {limit}; exec \"$0\" \"$@\"")).arg(&self.program);
+                shell
+            }
+        };
+        let child = command
             .args(&self.args)
             .env_remove("ETCD_BIN") // a server would take it for a flag of its own
             .stdin(Stdio::null())

@@ -162,7 +162,7 @@ impl Node {
             arbiter: arbiter.handle(),
             registry: registry.clone(),
         });
-        let listening = Some(bound.serve(&arbiter.handle(), &transport, &others()));
+        let listening = Some(bound.serve(&arbiter.handle(), &transport, &others(), 64));
         Self { id, url, heard, transport, registry, arbiter, listening }
     }
 
@@ -185,7 +185,7 @@ impl Node {
                 Err(_) => tokio::task::yield_now().await,
             }
         };
-        self.listening = Some(bound.serve(&self.arbiter.handle(), &self.transport, &others()));
+        self.listening = Some(bound.serve(&self.arbiter.handle(), &self.transport, &others(), 64));
     }
 
     /// Both streams of the member `from` to this one are there, as the numbers of what was sent tell.
