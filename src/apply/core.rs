@@ -315,7 +315,7 @@ impl Core {
     fn lease_revoke(&mut self, id: i64) -> Outcome {
         self.check_writable(false)?;
         let mut keys = self.leases.revoke(id, &mut self.batch).map_err(|_| Error::LeaseNotFound)?;
-        if sim::has(Bug::RevokeOrder) && self.settings.member_id % 2 == 0 {
+        if sim::has(Bug::RevokeOrder) && self.settings.member_id.is_multiple_of(2) {
             keys.reverse();
         }
         self.store.delete_keys(&keys, &mut self.leases);

@@ -198,7 +198,7 @@ impl Plan {
             sync_interval: rng.random_range(100..1_000) * MS,
             segment_bytes: *[2_000, 8_000, 64_000].choose(rng).expect("there are choices"),
             segments_kept: rng.random_range(1..=5),
-            latency: span(rng, &[(100, 1 * MS), (MS, 10 * MS), (100, 60 * MS)]),
+            latency: span(rng, &[(100, MS), (MS, 10 * MS), (100, 60 * MS)]),
             loss: *[0.0, 0.0, 0.01, 0.1].choose(rng).expect("there are choices"),
             repeat: *[0.0, 0.0, 0.02, 0.1].choose(rng).expect("there are choices"),
             late: *[0.0, 0.0, 0.02, 0.15].choose(rng).expect("there are choices"),
