@@ -7,6 +7,8 @@ pub mod auto_compaction;
 pub mod change;
 pub mod error;
 pub mod hash;
+#[cfg(test)]
+mod hash_tests;
 pub mod history;
 pub mod index;
 #[cfg(test)]
