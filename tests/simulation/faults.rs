@@ -95,7 +95,10 @@ impl World {
         let Some(members) = self.membership() else { return false };
         let healthy = |id| self.index_of(id).is_some_and(|m| self.members[m].lost.is_none());
         let voters: Vec<u64> = members.iter().filter(|member| !member.is_learner).map(|member| member.id).collect();
-        voters.len() >= 3 && voters.iter().all(|id| healthy(*id)) && voters.contains(&self.members[m].id)
+        !self.is_smaller
+            && voters.len() >= 3
+            && voters.iter().all(|id| healthy(*id))
+            && voters.contains(&self.members[m].id)
     }
 
     /// A live member that an administrator may talk to.
@@ -147,7 +150,10 @@ impl World {
         let voters = members.iter().filter(|member| !member.is_learner);
         let others: Vec<u64> = voters.map(|member| member.id).filter(|other| *other != id).collect();
         let there = others.iter().filter(|id| self.index_of(**id).is_some_and(|m| self.is_up(m))).count();
-        if members.get(id).is_some() && others.len() >= 2 && there > others.len() / 2 {
+        // A cluster that is about to lose a member's data has none to give away.
+        let is_whole = self.members.iter().all(|member| !member.may_refuse);
+        if is_whole && members.get(id).is_some() && others.len() >= 2 && there > others.len() / 2 {
+            self.is_smaller = true;
             self.change(Change::Remove(id));
             self.mark("member removed");
         }

@@ -108,6 +108,8 @@ pub struct World {
     pub requests: BTreeMap<u64, OpId>,
     pub refused: Vec<u64>,
     pub next_member: u64,
+    /// A member was asked to leave.
+    pub is_smaller: bool,
     pub next_lease: i64,
     /// Faults are over: the cluster must heal.
     pub is_calm: bool,
@@ -161,6 +163,7 @@ impl World {
             requests: BTreeMap::new(),
             refused: Vec::new(),
             next_member: 0xa0,
+            is_smaller: false,
             next_lease: 1,
             is_calm: false,
             is_closing: false,
