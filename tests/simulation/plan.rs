@@ -219,16 +219,73 @@ impl Plan {
             value_bytes: *[4, 30, 400].choose(rng).expect("there are choices"),
         };
         let until = rng.random_range(14..18) * SECOND;
-        let faults = faults(rng, members, until);
-        Self { seed, config, faults, until }
+        let mut plan = Self { seed, config, faults: Vec::new(), until };
+        let focus = focus(rng, &mut plan.config);
+        plan.faults = faults(rng, plan.config.members, until, focus);
+        plan
     }
 }
 
-fn faults(rng: &mut StdRng, members: usize, until: u64) -> Vec<Timed> {
+/// Half of the seeds go after one thing, where mistakes have been most frequent.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Focus {
+    Nothing,
+    /// Late answers to read rounds.
+    Reads,
+    /// Members that lag, and get snapshots again and again.
+    Snapshots,
+    /// Leaders that stand still while leases run out.
+    Leases,
+    /// Compactions that crashes interrupt.
+    Compaction,
+}
+
+fn focus(rng: &mut StdRng, config: &mut Config) -> Focus {
+    match rng.random_range(0..8) {
+        0 => {
+            config.members = 3;
+            config.mix = Mix { put: 30, get: 60, delete: 0, txn: 0, compact: 0, lease: 0 };
+            (config.late, config.loss, config.latency) = (0.2, 0.02, (MS, 60 * MS));
+            config.think = (MS, 20 * MS);
+            Focus::Reads
+        }
+        1 => {
+            config.members = 3;
+            (config.snapshot_count, config.catch_up_entries, config.sync_interval) = (1, 0, 100 * MS);
+            (config.snapshot_transfer, config.apply_queue, config.batch) = ((MS, 20 * MS), 1, 1);
+            config.think = (MS, 30 * MS);
+            Focus::Snapshots
+        }
+        2 => {
+            config.members = 3;
+            config.mix = Mix { put: 20, get: 5, delete: 0, txn: 0, compact: 0, lease: 75 };
+            Focus::Leases
+        }
+        3 => {
+            config.mix = Mix { put: 40, get: 20, delete: 20, txn: 10, compact: 20, lease: 0 };
+            (config.clean, config.apply, config.keys) = (1, (MS, 20 * MS), 30);
+            Focus::Compaction
+        }
+        _ => Focus::Nothing,
+    }
+}
+
+fn faults(rng: &mut StdRng, members: usize, until: u64, focus: Focus) -> Vec<Timed> {
     // Which kinds there are, and their weights.
-    let weights: Vec<u32> = (0..16).map(|_| if rng.random_bool(0.45) { rng.random_range(1..10) } else { 0 }).collect();
+    let mut weights: Vec<u32> =
+        (0..KINDS).map(|_| if rng.random_bool(0.45) { rng.random_range(1..10) } else { 0 }).collect();
+    let kinds: &[usize] = match focus {
+        Focus::Nothing => &[],
+        Focus::Reads => &[PAUSE, CUT],
+        Focus::Snapshots => &[CUT, SLOW_APPLY, PAUSE],
+        Focus::Leases => &[PAUSE, CUT, TRANSFER],
+        Focus::Compaction => &[CRASH, CRASH_ALL],
+    };
+    if focus != Focus::Nothing {
+        weights = (0..KINDS).map(|kind| u32::from(kinds.contains(&kind))).collect();
+    }
     let all: u32 = weights.iter().sum();
-    let count = rng.random_range(4..=14);
+    let count = rng.random_range(4..=if focus == Focus::Nothing { 14 } else { 20 });
     let mut times: Vec<u64> = (0..count).map(|_| rng.random_range(SECOND..until)).collect();
     times.sort_unstable();
     // Data is destroyed on a minority at most, and on one member in a run.
@@ -246,14 +303,22 @@ fn faults(rng: &mut StdRng, members: usize, until: u64) -> Vec<Timed> {
     faults.collect()
 }
 
+const KINDS: usize = 16;
+const CRASH: usize = 0;
+const CRASH_ALL: usize = 1;
+const PAUSE: usize = 2;
+const CUT: usize = 3;
+const TRANSFER: usize = 10;
+const SLOW_APPLY: usize = 15;
+
 fn fault(rng: &mut StdRng, kind: usize, members: usize, may_destroy: &mut bool) -> Fault {
     let member = rng.random_range(0..members);
     let down = rng.random_range(10..3_000) * MS;
     let for_ = rng.random_range(50..4_000) * MS;
     match kind {
-        1 => Fault::CrashAll { power: rng.random_bool(0.7), down: down / 3 },
-        2 => Fault::Pause { member, for_ },
-        3 => Fault::Cut { links: links(rng, members), for_ },
+        CRASH_ALL => Fault::CrashAll { power: rng.random_bool(0.7), down: down / 3 },
+        PAUSE => Fault::Pause { member, for_ },
+        CUT => Fault::Cut { links: links(rng, members), for_ },
         4 => Fault::Lossy { loss: rng.random_range(0.1..0.7), for_ },
         5 => Fault::SlowDisk { member, each: rng.random_range(20..2_500) * MS, for_ },
         6 => Fault::DiskError { member, sync: rng.random_bool(0.5) },
@@ -266,12 +331,12 @@ fn fault(rng: &mut StdRng, kind: usize, members: usize, may_destroy: &mut bool) 
             *may_destroy = false;
             Fault::LoseSyncs { member, down }
         }
-        10 => Fault::Transfer { to: member },
+        TRANSFER => Fault::Transfer { to: member },
         11 => Fault::Defragment { member },
         12 if rng.random_bool(0.6) => Fault::AddLearner,
         12 => Fault::Promote,
         13 => Fault::Remove { member },
-        15 => Fault::SlowApply { member, each: rng.random_range(10..600) * MS, for_ },
+        SLOW_APPLY => Fault::SlowApply { member, each: rng.random_range(10..600) * MS, for_ },
         14 => Fault::Clock { member, ahead_ms: rng.random_range(0..10_000_000) },
         _ => Fault::Crash { member, power: rng.random_bool(0.7), down },
     }
