@@ -599,6 +599,9 @@ impl Core {
         });
         let install = install.map(|(install, conf_state)| {
             // What the snapshot covers need not be applied any more.
+            if !self.held.is_empty() {
+                sim::mark("a snapshot covers entries that wait for apply");
+            }
             if !sim::has(Bug::SnapshotKeepsEntries) {
                 self.held.clear();
                 self.held_bytes = 0;

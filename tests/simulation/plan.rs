@@ -276,8 +276,8 @@ fn faults(rng: &mut StdRng, members: usize, until: u64, focus: Focus) -> Vec<Tim
         (0..KINDS).map(|_| if rng.random_bool(0.45) { rng.random_range(1..10) } else { 0 }).collect();
     let kinds: &[usize] = match focus {
         Focus::Nothing => &[],
-        Focus::Reads => &[PAUSE, CUT],
-        Focus::Snapshots => &[CUT, SLOW_APPLY, PAUSE],
+        Focus::Reads => &[PAUSE, CUT, SLOW_DISK, SLOW_APPLY],
+        Focus::Snapshots => &[CUT, SLOW_APPLY],
         Focus::Leases => &[PAUSE, CUT, TRANSFER],
         Focus::Compaction => &[CRASH, CRASH_ALL],
     };
@@ -308,6 +308,7 @@ const CRASH: usize = 0;
 const CRASH_ALL: usize = 1;
 const PAUSE: usize = 2;
 const CUT: usize = 3;
+const SLOW_DISK: usize = 5;
 const TRANSFER: usize = 10;
 const SLOW_APPLY: usize = 15;
 
@@ -320,7 +321,7 @@ fn fault(rng: &mut StdRng, kind: usize, members: usize, may_destroy: &mut bool) 
         PAUSE => Fault::Pause { member, for_ },
         CUT => Fault::Cut { links: links(rng, members), for_ },
         4 => Fault::Lossy { loss: rng.random_range(0.1..0.7), for_ },
-        5 => Fault::SlowDisk { member, each: rng.random_range(20..2_500) * MS, for_ },
+        SLOW_DISK => Fault::SlowDisk { member, each: rng.random_range(20..2_500) * MS, for_ },
         6 => Fault::DiskError { member, sync: rng.random_bool(0.5) },
         7 => Fault::DiskFull { member, for_ },
         8 if *may_destroy => {
