@@ -257,7 +257,8 @@ fn members_are_replaced_under_load() {
         let leader = cluster.until_led().await;
         // A learner first, as careful operators do.
         let new = cluster.add(leader, true).await;
-        cluster.promote(leader, new).await;
+        // A token goes on to the leader, and without auth means nothing to it.
+        cluster.promote(leader, new, Some("abc.1")).await;
         let old = (leader + 1) % 3;
         cluster.remove(leader, old).await;
         load.use_members(&cluster);
