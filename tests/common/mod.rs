@@ -8,6 +8,7 @@ use std::{
     env,
     ffi::OsString,
     fs::File,
+    hash::BuildHasher,
     io::{Read, Write},
     net::{TcpListener, TcpStream},
     path::{Path, PathBuf},
@@ -213,10 +214,14 @@ impl Drop for Server {
     }
 }
 
-/// Ports nobody listens on now. Held together, so that they differ.
+/// Ports nobody listens on now. Held together, so that they differ; below those the system gives to whoever dials, so that
+/// none is taken before it is used.
 pub fn free_ports<const N: usize>() -> [u16; N] {
-    let held: [TcpListener; N] =
-        std::array::from_fn(|_| TcpListener::bind("127.0.0.1:0").expect("a free port on loopback"));
+    let held: [TcpListener; N] = std::array::from_fn(|_| {
+        let random = std::hash::RandomState::new();
+        let mut ports = (0..1_000_u16).map(|i| 10_000 + (random.hash_one(i) % 22_000) as u16);
+        ports.find_map(|port| TcpListener::bind(("127.0.0.1", port)).ok()).expect("a free port on loopback")
+    });
     held.map(|listener| listener.local_addr().expect("a bound socket has an address").port())
 }
 
