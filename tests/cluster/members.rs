@@ -31,6 +31,7 @@ pub struct Member {
     pub name: String,
     pub id: u64,
     tell_id: watch::Sender<u64>,
+    network: Network,
     folder: TempDir,
     pub client_port: u16,
     peer_port: u16,
@@ -64,6 +65,7 @@ impl Member {
             name,
             id: 0,
             tell_id,
+            network: network.clone(),
             folder,
             client_port,
             peer_port,
@@ -124,6 +126,7 @@ impl Member {
             .stderr(log)
             .spawn()
             .unwrap_or_else(|e| panic!("{} does not start: {e}", self.program.display()));
+        self.network.runs_as(self.id, child.id());
         self.child = Some(child);
     }
 
@@ -289,6 +292,25 @@ impl Cluster {
             return None;
         }
         self.members.iter().position(|member| member.id == known[0])
+    }
+
+    /// The leader and term that all who run tell alike. Waits until there is one.
+    pub async fn until_agreed(&self) -> (usize, u64) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let mut told = Vec::new();
+            for member in self.members.iter().filter(|m| m.is_running()) {
+                told.push(member.status().await.map(|status| (status.leader, status.raft_term)));
+            }
+            if let Some((leader, term)) = told[0]
+                && told.iter().all(|other| *other == told[0])
+                && let Some(leader) = self.members.iter().position(|member| member.id == leader)
+            {
+                return (leader, term);
+            }
+            assert!(Instant::now() < deadline, "they do not agree on a leader: {told:?}");
+            tokio::time::sleep(STEP).await;
+        }
     }
 
     pub fn ids(&self) -> Vec<u64> {
