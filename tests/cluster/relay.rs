@@ -98,6 +98,8 @@ impl Network {
     }
 
     async fn pass(&self, dialler: TcpStream, to: &watch::Receiver<u64>, port: u16) -> io::Result<()> {
+        // A member that does not run is dialled often, and finding out by whom takes time.
+        let member = TcpStream::connect(("127.0.0.1", port)).await?;
         let (local, remote) = (dialler.local_addr()?.port(), dialler.peer_addr()?.port());
         let from = match sockets::dialler(remote, local, &self.processes()) {
             Dialler::Member(from) => Some(from),
@@ -105,7 +107,6 @@ impl Network {
             Dialler::Other => None,
             Dialler::Gone => return Ok(()),
         };
-        let member = TcpStream::connect(("127.0.0.1", port)).await?;
         for socket in [&dialler, &member] {
             socket.set_nodelay(true)?;
         }
