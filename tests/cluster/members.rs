@@ -154,6 +154,16 @@ impl Member {
         self.child.as_mut().is_some_and(|child| child.try_wait().expect("our own child").is_some())
     }
 
+    /// What its process has used so far; nothing where it does not run.
+    pub fn cpu_time(&self) -> Duration {
+        let Some(child) = &self.child else { return Duration::ZERO };
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", child.id())).expect("our own child");
+        // After the name in brackets: state, 10 numbers, then user and system time in ticks of 10 ms.
+        let (_, fields) = stat.rsplit_once(')').expect("a name in brackets");
+        let ticks = fields.split_ascii_whitespace().skip(11).take(2).map(|n| n.parse::<u64>().expect("a number"));
+        Duration::from_millis(10 * ticks.sum::<u64>())
+    }
+
     fn log_path(&self) -> PathBuf {
         self.folder.path().join("log")
     }
