@@ -352,6 +352,7 @@ impl Cluster {
         new
     }
 
+    /// Waits until it answers, too: before it has told its name it does not count as started (C-15).
     /// `token`: one that goes with the call, which etcd before 3.7 refuses where there is no auth.
     pub async fn promote(&self, by: usize, which: usize, token: Option<&str>) {
         let id = self.members[which].id;
@@ -362,12 +363,16 @@ impl Cluster {
                 request.metadata_mut().insert("token", token.parse().expect("a token"));
             }
             match self.members[by].client().cluster.member_promote(request).await {
-                Ok(_) => return,
+                Ok(_) => break,
                 Err(e) if Instant::now() < deadline && e.message().contains("in sync") => {
                     tokio::time::sleep(STEP).await;
                 }
                 Err(e) => panic!("a learner cannot be promoted: {e}"),
             }
+        }
+        while self.members[which].status().await.is_none() {
+            assert!(Instant::now() < deadline, "a promoted learner does not answer");
+            tokio::time::sleep(STEP).await;
         }
     }
 

@@ -82,7 +82,7 @@ fn questions_that_waited_for_a_stopped_leader_get_no_stale_answer() {
         let cluster = Cluster::start(3, &[]).await;
         let load = Load::start(&cluster, WRITERS, 14);
         let (mut right, mut refused) = (0, 0);
-        for round in 0..rounds(3) {
+        for round in 0..rounds(2) {
             let leader = calm(&cluster, &load, STEP).await;
             let (stopped, other) = (&cluster.members[leader], &cluster.members[(leader + 1) % 3]);
             put(other, format!("before-{round}")).await;
