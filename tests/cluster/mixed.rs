@@ -180,8 +180,9 @@ fn etcds_are_replaced_one_by_one_under_load() {
                 lead(&cluster, ours).await;
                 load.progress(STEP).await;
             }
-            let leader = cluster.until_led().await;
-            cluster.remove(leader, 0).await;
+            // By whom has been there longest: files of etcd 3.5.1 leave out what members say of themselves, so that for who
+            // came up by one they have not started.
+            cluster.remove(1, 0).await;
             load.use_members(&cluster);
         }
         load.progress(2 * STEP).await;
