@@ -159,7 +159,8 @@ impl<P: Proposer> Actor for LeaseActor<P> {
                 let _ = answer.send(renewed);
             }
             Ask::Remaining { id, answer } => {
-                let _ = answer.send(self.expirer.remaining_ms(id, now));
+                // Some time has passed since, however little: a full time never shows.
+                let _ = answer.send(self.expirer.remaining_ms(id, self.ms_up(turn.now) + 1));
             }
             Ask::List { answer } => {
                 let _ = answer.send(self.expirer.by_remaining());

@@ -710,3 +710,40 @@ fn what_no_member_could_survive_is_not_taken() {
     cluster.agree();
     assert_eq!(cluster.nodes[&leader].core.reading().term, term);
 }
+
+#[test]
+fn the_entry_of_a_membership_change_stays_until_it_is_in_force() {
+    let mut cluster = Cluster::new(3);
+    for (id, node) in &mut cluster.nodes {
+        let mut options = options(*id);
+        options.catch_up_entries = 0;
+        let conf_state = raftpb::ConfState { voters: vec![1, 2, 3], ..Default::default() };
+        node.core = Core::new(options, Recovered { conf_state, ..Recovered::default() }).unwrap();
+    }
+    let leader = cluster.until_led();
+    let learner = Member { id: 4, peer_urls: vec!["http://h:4".to_owned()], is_learner: true, ..Member::default() };
+    cluster.change(leader, &Change::Add(learner));
+    // As `settle`, but apply's word that the change is recorded is still on its way.
+    let mut recorded = None;
+    for _ in 0..10 {
+        for id in cluster.nodes.keys().copied().collect::<Vec<_>>() {
+            if id != leader {
+                cluster.work(id);
+                continue;
+            }
+            let node = cluster.node(leader);
+            node.core.poll(node.applied_index, Room::EVERYWHERE, &mut node.output);
+            let written: Vec<u64> = node.output.appends.drain(..).map(|append| append.number).collect();
+            written.into_iter().for_each(|number| node.core.persisted(number, &mut node.output));
+            recorded = recorded.or(node.output.committed.drain(..).map(|entry| entry.index).last());
+            let messages = std::mem::take(&mut node.output.messages);
+            cluster.network.extend(messages);
+        }
+        let messages = std::mem::take(&mut cluster.network);
+        messages.into_iter().for_each(|message| cluster.deliver(message));
+    }
+    let recorded = recorded.expect("the change was handed to apply");
+    let node = cluster.node(leader);
+    let record = node.core.checkpoint(recorded);
+    assert!(record.is_none_or(|record| record.index() < recorded), "its entry would be dropped");
+}

@@ -384,6 +384,8 @@ impl Core {
     pub fn checkpoint(&self, synced: u64) -> Option<walpb::Snapshot> {
         let log = self.node.store();
         let synced = if sim::has(Bug::LogDroppedTooEarly) { log.applied } else { synced };
+        // A membership change that apply has recorded may not be in force yet: until then raft looks at its entry.
+        let synced = synced.min(log.applied);
         let mut index = log.compactable(synced, self.options.catch_up_entries, self.options.catch_up_bytes);
         // Whoever is getting a snapshot needs what follows it, within reason.
         if log.bytes() < 4 * self.options.catch_up_bytes

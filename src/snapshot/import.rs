@@ -18,7 +18,7 @@ use super::{
     export::{CONF_STATE, CONSISTENT_INDEX, STORAGE_VERSION, TERM},
 };
 use crate::{
-    cluster::{Members, Version},
+    cluster::{Change, Members, Version, ids::hex},
     config::ETCD_VERSION,
     mvcc::{
         Revision,
@@ -134,11 +134,12 @@ pub fn fill(file: Box<dyn Source>, store: &dyn Storage, expected: Option<&Expect
     }
     store.commit(batch)?;
 
-    let members = Members::load(store).map_err(|e| Error::Damaged(e.to_string()))?;
+    let mut members = Members::load(store).map_err(|e| Error::Damaged(e.to_string()))?;
     if let Some(version) = members.cluster_version().filter(|version| *version > own_version()) {
         return Err(newer("cluster", version));
     }
     if let Some(expected) = expected {
+        promote(&mut members, &expected.conf_state, store)?;
         let ours = members.conf_state();
         let same = |a: &[u64], b: &[u64]| a.len() == b.len() && a.iter().all(|id| b.contains(id));
         let voters = same(&ours.voters, &expected.conf_state.voters);
@@ -151,6 +152,16 @@ pub fn fill(file: Box<dyn Source>, store: &dyn Storage, expected: Option<&Expect
         }
     }
     Ok(Prepared { index, term, members })
+}
+
+/// etcd 3.5.1 to 3.5.20 left promotions out of their database files: raft knows better (H-31).
+fn promote(members: &mut Members, known: &ConfState, store: &dyn Storage) -> Result<(), Error> {
+    let mut batch = WriteBatch::default();
+    for id in members.conf_state().learners.into_iter().filter(|id| known.voters.contains(id)) {
+        tracing::warn!(member = %hex(id), "the database file has a voter as a learner");
+        members.apply(Change::Promote(id), usize::MAX, &mut batch).expect("it is a learner");
+    }
+    Ok(store.commit(batch)?)
 }
 
 fn own_version() -> Version {

@@ -365,9 +365,23 @@ fn file_must_be_of_the_snapshot_it_came_with() {
     assert_eq!(fill(&expected()).unwrap().term, 6);
     let other_index = fill(&Expected { index: 43, ..expected() }).unwrap_err().to_string();
     assert!(other_index.contains("of index 42, the snapshot of 43"), "{other_index}");
+    for (voters, learners) in [(vec![10], vec![]), (vec![10, 11, 12], vec![]), (vec![], vec![10, 11])] {
+        let conf_state = ConfState { voters, learners, ..Default::default() };
+        let other_members = fill(&Expected { conf_state, ..expected() }).unwrap_err().to_string();
+        assert!(other_members.contains("are not those of the snapshot"), "{other_members}");
+    }
+}
+
+/// H-31: files of etcd 3.5.1 to 3.5.20 still have it as a learner.
+#[test]
+fn promoted_learner_is_a_voter_whatever_the_file_says() {
+    let store = MemStorage::new();
     let conf_state = ConfState { voters: vec![10, 11], ..Default::default() };
-    let other_members = fill(&Expected { conf_state, ..expected() }).unwrap_err().to_string();
-    assert!(other_members.contains("are not those of the snapshot"), "{other_members}");
+    let expected = Expected { conf_state, ..expected() };
+    let prepared = import::fill(file_of(&file_with(&[])), &store, Some(&expected)).unwrap();
+    for members in [prepared.members, crate::cluster::Members::load(&store).unwrap()] {
+        assert_eq!((members.conf_state().voters, members.conf_state().learners), (vec![10, 11], vec![]));
+    }
 }
 
 /// D-24 to D-27: until the switch the store in use is untouched, after it the prepared one is in use, and what a

@@ -25,6 +25,10 @@ pub enum Call {
         mod_revision: i64,
         value: String,
     },
+    /// Several puts in one transaction, each of another key.
+    PutAll {
+        pairs: Vec<(String, String)>,
+    },
     /// A get that may answer with an older state.
     GetSerializable {
         key: String,
@@ -32,13 +36,12 @@ pub enum Call {
 }
 
 impl Call {
-    fn key(&self) -> &str {
+    /// What it puts, where it takes effect.
+    fn puts(&self) -> Vec<(&str, &str)> {
         match self {
-            Call::Put { key, .. }
-            | Call::Delete { key }
-            | Call::Get { key }
-            | Call::PutIf { key, .. }
-            | Call::GetSerializable { key } => key,
+            Call::Put { key, value } | Call::PutIf { key, value, .. } => vec![(key, value)],
+            Call::PutAll { pairs } => pairs.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect(),
+            Call::Delete { .. } | Call::Get { .. } | Call::GetSerializable { .. } => vec![],
         }
     }
 }
@@ -98,6 +101,8 @@ pub fn check(ops: &[Op], events: &[Event]) -> Result<(), String> {
 struct History<'a> {
     /// Each key's changes by revision.
     keys: HashMap<&'a str, BTreeMap<i64, Option<&'a str>>>,
+    /// Where each value was put; values are unique.
+    values: HashMap<&'a str, &'a Event>,
     events: &'a [Event],
     newest: i64,
 }
@@ -105,15 +110,21 @@ struct History<'a> {
 impl<'a> History<'a> {
     fn new(events: &'a [Event]) -> Result<Self, String> {
         let mut keys: HashMap<&str, BTreeMap<i64, Option<&str>>> = HashMap::new();
+        let mut values = HashMap::new();
         let mut newest = 1;
         for event in events {
             if event.revision < newest {
                 return Err(format!("the history goes back at {event:?}"));
             }
             newest = event.revision;
+            if let Some(value) = &event.value
+                && let Some(before) = values.insert(value.as_str(), event)
+            {
+                return Err(format!("{value} took effect twice: {before:?} and {event:?}"));
+            }
             keys.entry(&event.key).or_default().insert(event.revision, event.value.as_deref());
         }
-        Ok(Self { keys, events, newest })
+        Ok(Self { keys, values, events, newest })
     }
 
     fn at(&self, key: &str, revision: i64) -> Found {
@@ -125,23 +136,15 @@ impl<'a> History<'a> {
         self.keys.get(key)?.get(&revision).copied()
     }
 
-    fn writers<'b>(&self, ops: &'b [Op]) -> HashMap<&'b str, &'b Op> {
-        let value = |op: &'b Op| match &op.call {
-            Call::Put { value, .. } | Call::PutIf { value, .. } => Some((value.as_str(), op)),
-            _ => None,
-        };
-        ops.iter().filter_map(value).collect()
-    }
-
-    /// Whether every value that is there was written by somebody who may have written it, and once.
+    /// Whether every value that is there was written by somebody who may have written it.
     fn check_writers(&self, ops: &[Op]) -> Result<(), String> {
-        let writers = self.writers(ops);
-        let mut seen = HashMap::new();
+        let puts = ops.iter().flat_map(|op| op.call.puts().into_iter().map(move |put| (put.1, (put.0, op))));
+        let writers: HashMap<&str, (&str, &Op)> = puts.collect();
         for event in self.events {
             let Some(value) = &event.value else { continue };
-            let Some(op) = writers.get(value.as_str()) else { return Err(format!("nobody wrote {event:?}")) };
-            if let Some(before) = seen.insert(value, event) {
-                return Err(format!("{op:?} took effect twice: {before:?} and {event:?}"));
+            let Some((key, op)) = writers.get(value.as_str()) else { return Err(format!("nobody wrote {event:?}")) };
+            if *key != event.key {
+                return Err(format!("{op:?} is at another key: {event:?}"));
             }
             match &op.outcome {
                 Outcome::Refused => return Err(format!("{op:?} was refused and yet is there: {event:?}")),
@@ -185,46 +188,54 @@ impl<'a> History<'a> {
 
     /// Checks an answer against the history; its place, if it has one that real time speaks of.
     fn place(&self, op: &Op) -> Result<Option<Place>, String> {
-        let key = op.call.key();
         let (revision, found, applied) = match &op.outcome {
             Outcome::Done { revision, found, applied } => (*revision, found, *applied),
             Outcome::Refused => return Ok(None),
             Outcome::Unknown => {
-                // If it took effect, it did so after it was begun.
-                let (Call::Put { value, .. } | Call::PutIf { value, .. }) = &op.call else { return Ok(None) };
-                let event = self.events.iter().find(|event| event.value.as_ref() == Some(value));
-                return Ok(event.map(|event| Place { revision: event.revision, reads: false }));
+                // If it took effect, it did so after it was begun, and as a whole.
+                let puts = op.call.puts();
+                let at: Vec<_> = puts.iter().map(|(_, value)| self.values.get(value).map(|e| e.revision)).collect();
+                if at.windows(2).any(|pair| pair[0] != pair[1]) {
+                    return Err(format!("{op:?} took effect in part: at {at:?}"));
+                }
+                return Ok(at.first().copied().flatten().map(|revision| Place { revision, reads: false }));
             }
         };
         if revision > self.newest && !matches!(op.call, Call::Get { .. } | Call::GetSerializable { .. }) {
             return Err(format!("{op:?} is not in the history, which ends at {}", self.newest));
         }
-        let writes = |value: Option<&str>| match self.event(key, revision) {
+        let writes = |key: &str, value: Option<&str>| match self.event(key, revision) {
             Some(found) if found == value => Ok(Some(Place { revision, reads: false })),
             other => Err(format!("{op:?}: the history has {other:?} there")),
         };
         match &op.call {
-            Call::Put { value, .. } => writes(Some(value)),
-            Call::Delete { .. } if applied => writes(None),
-            Call::PutIf { mod_revision, value, .. } if applied => {
+            Call::Put { key, value } => writes(key, Some(value)),
+            Call::PutAll { pairs } => {
+                for (key, value) in pairs {
+                    writes(key, Some(value))?;
+                }
+                Ok(Some(Place { revision, reads: false }))
+            }
+            Call::Delete { key } if applied => writes(key, None),
+            Call::PutIf { key, mod_revision, value } if applied => {
                 let before = self.at(key, revision - 1).map_or(0, |(_, at)| at);
                 if before != *mod_revision {
                     return Err(format!("{op:?} applied, but the key was at {before}"));
                 }
-                writes(Some(value))
+                writes(key, Some(value))
             }
-            Call::PutIf { mod_revision, .. } => {
+            Call::PutIf { key, mod_revision, .. } => {
                 let now = self.at(key, revision).map_or(0, |(_, at)| at);
                 if now == *mod_revision {
                     return Err(format!("{op:?} did not apply, but the key was at {now}"));
                 }
                 Ok(Some(Place { revision, reads: true }))
             }
-            Call::Delete { .. } => match self.at(key, revision) {
+            Call::Delete { key } => match self.at(key, revision) {
                 None => Ok(Some(Place { revision, reads: true })),
                 there => Err(format!("{op:?} found nothing, but there was {there:?}")),
             },
-            Call::Get { .. } | Call::GetSerializable { .. } => {
+            Call::Get { key } | Call::GetSerializable { key } => {
                 let there = self.at(key, revision);
                 if there != *found {
                     return Err(format!("{op:?}: at that revision there was {there:?}"));
@@ -282,6 +293,16 @@ mod tests {
     fn put_if(value: &str, mod_revision: i64, start: u64, end: u64, revision: i64, applied: bool) -> Op {
         let call = Call::PutIf { key: "k".into(), mod_revision, value: value.into() };
         Op { client: 2, call, start, end, outcome: done(revision, None, applied) }
+    }
+
+    /// Of the keys k, l, m ...
+    fn put_all(values: &[&str], start: u64, end: u64, revision: i64) -> Op {
+        let pairs = ('k'..).zip(values).map(|(key, value)| (key.to_string(), (*value).to_owned())).collect();
+        Op { client: 4, call: Call::PutAll { pairs }, start, end, outcome: done(revision, None, true) }
+    }
+
+    fn event(revision: i64, key: &str, value: &str) -> Event {
+        Event { revision, key: key.into(), value: Some(value.into()) }
     }
 
     fn unknown(mut op: Op) -> Op {
@@ -351,6 +372,17 @@ mod tests {
                 events(&[Some("a"), None]),
             ),
             ("nothing to delete", vec![delete(0, 1, 1, false)], vec![]),
+            (
+                "several at once",
+                vec![put_all(&["a", "b"], 0, 1, 2), get(Some(("a", 2)), 2, 3, 2)],
+                vec![event(2, "k", "a"), event(2, "l", "b")],
+            ),
+            (
+                "several at once, unknown and later",
+                vec![unknown(put_all(&["a", "b"], 0, 1, 0)), put("x", 2, 3, 2)],
+                vec![event(2, "k", "x"), event(3, "k", "a"), event(3, "l", "b")],
+            ),
+            ("several at once, unknown and never", vec![unknown(put_all(&["a", "b"], 0, 1, 0))], vec![]),
         ];
         for (name, ops, events) in good {
             assert_eq!(check(&ops, &events), Ok(()), "{name}");
@@ -438,6 +470,48 @@ mod tests {
                 vec![put("b", 5, 6, 3), unknown(put("a", 7, 8, 0))],
                 ab.clone(),
                 "does not know of it",
+            ),
+            (
+                "several, one of them lost",
+                vec![put_all(&["a", "b"], 0, 1, 2)],
+                vec![event(2, "k", "a")],
+                "the history has None",
+            ),
+            (
+                "several, at two revisions",
+                vec![put_all(&["a", "b"], 0, 1, 2)],
+                vec![event(2, "k", "a"), event(3, "l", "b")],
+                "the history has None",
+            ),
+            (
+                "several, unknown, one of them lost",
+                vec![unknown(put_all(&["a", "b"], 0, 1, 0))],
+                vec![event(2, "k", "a")],
+                "in part",
+            ),
+            (
+                "several, unknown, at two revisions",
+                vec![unknown(put_all(&["a", "b", "c"], 0, 1, 0))],
+                vec![event(2, "k", "a"), event(2, "l", "b"), event(3, "m", "c")],
+                "in part",
+            ),
+            (
+                "several, unknown, before they were begun",
+                vec![put("x", 0, 1, 3), unknown(put_all(&["a", "b"], 2, 3, 0))],
+                vec![event(2, "k", "a"), event(2, "l", "b"), event(3, "k", "x")],
+                "does not know of it",
+            ),
+            (
+                "several, refused and there",
+                vec![refused(put_all(&["a", "b"], 0, 1, 0))],
+                vec![event(2, "k", "a"), event(2, "l", "b")],
+                "was refused",
+            ),
+            (
+                "several, with each other's values",
+                vec![unknown(put_all(&["a", "b"], 0, 1, 0))],
+                vec![event(2, "k", "b"), event(2, "l", "a")],
+                "at another key",
             ),
             (
                 "an old state that never was",

@@ -1,7 +1,7 @@
 //! Clients under load: writers, readers, a watcher and a lease holder, which note what they did and what they were told.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
@@ -12,11 +12,12 @@ use std::{
 use actd::mvcc::record::KeyValue;
 use actd::pb::etcdserverpb::{
     Compare, DeleteRangeRequest, LeaseGrantRequest, LeaseKeepAliveRequest, PutRequest, RangeRequest, RequestOp,
-    TxnRequest, WatchCreateRequest, WatchRequest, compare, request_op::Request as OpRequest,
+    TxnRequest, WatchCreateRequest, WatchProgressRequest, WatchRequest, compare, request_op::Request as OpRequest,
     watch_request::RequestUnion,
 };
+use bytes::Bytes;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
-use tokio::task::JoinSet;
+use tokio::{sync::mpsc::Sender, task::JoinSet};
 use tonic::{Code, Status};
 
 use crate::{
@@ -50,6 +51,10 @@ struct Shared {
     /// The longest time between two acknowledged writes, in µs.
     longest_gap: AtomicU64,
     values: AtomicU64,
+    /// Whether progress is asked for.
+    bookmarked: bool,
+    /// Answers that told how far a watcher is.
+    bookmarks: AtomicU64,
     complaints: Mutex<Vec<String>>,
 }
 
@@ -73,7 +78,7 @@ impl Shared {
 
     fn note(&self, client: usize, call: Call, start: u64, outcome: Result<Outcome, Status>) {
         let end = self.now();
-        let writes = matches!(call, Call::Put { .. } | Call::Delete { .. } | Call::PutIf { .. });
+        let writes = !matches!(call, Call::Get { .. } | Call::GetSerializable { .. });
         let outcome =
             outcome.unwrap_or_else(|e| if certainly_nothing(&e) { Outcome::Refused } else { Outcome::Unknown });
         if writes && matches!(outcome, Outcome::Done { .. }) {
@@ -100,6 +105,15 @@ async fn within<T>(call: impl Future<Output = Result<tonic::Response<T>, Status>
 impl Load {
     /// `writers` and as many readers, one watcher per member, one lease holder.
     pub fn start(cluster: &Cluster, writers: usize, seed: u64) -> Self {
+        Self::begin(cluster, writers, seed, true)
+    }
+
+    /// As `start`, on servers whose bookmarks overtake events: etcd before 3.4.25 and 3.5.8 (H-5).
+    pub fn start_without_bookmarks(cluster: &Cluster, writers: usize, seed: u64) -> Self {
+        Self::begin(cluster, writers, seed, false)
+    }
+
+    fn begin(cluster: &Cluster, writers: usize, seed: u64, bookmarked: bool) -> Self {
         let shared = Arc::new(Shared {
             began: Instant::now(),
             stop: AtomicBool::new(false),
@@ -108,6 +122,8 @@ impl Load {
             newest_write: AtomicU64::new(0),
             longest_gap: AtomicU64::new(0),
             values: AtomicU64::new(0),
+            bookmarked,
+            bookmarks: AtomicU64::new(0),
             complaints: Mutex::default(),
         });
         let mut tasks = JoinSet::new();
@@ -174,8 +190,16 @@ impl Load {
             refused: count(|o| *o == Outcome::Refused),
             unknown: count(|o| *o == Outcome::Unknown),
             events: events.len(),
+            several: ops
+                .iter()
+                .filter(|op| matches!((&op.call, &op.outcome), (Call::PutAll { .. }, Outcome::Done { .. })))
+                .count(),
+            bookmarks: self.shared.bookmarks.load(Relaxed),
         };
-        assert!(summary.done > 0);
+        assert!(
+            summary.done > 0 && summary.several > 0 && (summary.bookmarks > 0 || !self.shared.bookmarked),
+            "{summary:?}"
+        );
         summary
     }
 }
@@ -187,6 +211,9 @@ pub struct Summary {
     pub refused: usize,
     pub unknown: usize,
     pub events: usize,
+    /// Transactions that put several keys.
+    pub several: usize,
+    pub bookmarks: u64,
 }
 
 async fn write(shared: Arc<Shared>, client: usize, mut rng: StdRng) {
@@ -228,6 +255,20 @@ async fn write(shared: Arc<Shared>, client: usize, mut rng: StdRng) {
                 });
                 (Call::PutIf { key: key.clone(), mod_revision, value }, done)
             }
+            4..6 => {
+                let pairs = several(&shared, key.clone(), value, &mut rng);
+                let put = |(key, value): &(String, String)| {
+                    let put = PutRequest { key: key.clone().into(), value: value.clone().into(), ..Default::default() };
+                    RequestOp { request: Some(OpRequest::RequestPut(put)) }
+                };
+                let request = TxnRequest { success: pairs.iter().map(put).collect(), ..Default::default() };
+                let done = within(kv.txn(request)).await.map(|answer| Outcome::Done {
+                    revision: answer.header.map_or(0, |h| h.revision),
+                    found: None,
+                    applied: answer.succeeded,
+                });
+                (Call::PutAll { pairs }, done)
+            }
             _ => {
                 let request = PutRequest { key: key.clone().into(), value: value.clone().into(), ..Default::default() };
                 let done = within(kv.put(request)).await.map(|answer| Outcome::Done {
@@ -250,6 +291,17 @@ async fn write(shared: Arc<Shared>, client: usize, mut rng: StdRng) {
         shared.note(client, call, start, outcome);
         tokio::time::sleep(Duration::from_millis(rng.random_range(0..8))).await;
     }
+}
+
+/// A pair and one or two of other keys, each with a value of its own.
+fn several(shared: &Shared, key: String, value: String, rng: &mut StdRng) -> Vec<(String, String)> {
+    let mut pairs = BTreeMap::from([(key, value)]);
+    let wanted = rng.random_range(2..=3);
+    while pairs.len() < wanted {
+        let key = format!("{OWN}{:02}", rng.random_range(0..KEYS));
+        pairs.entry(key).or_insert_with(|| format!("v{}", shared.values.fetch_add(1, Relaxed)));
+    }
+    pairs.into_iter().collect()
 }
 
 async fn read(shared: Arc<Shared>, client: usize, mut rng: StdRng) {
@@ -283,29 +335,50 @@ async fn whole_history(member: &Member) -> Vec<Event> {
     let mut watching = Watching::new();
     while watching.next <= newest {
         assert!(Instant::now() < deadline, "the history stops at {} of {newest}", watching.next);
-        let _ = watching.run(&mut client, |events| events.last().is_some_and(|e| e.revision >= newest)).await;
+        let _ = watching.run(&mut client, Ask::PREVIOUS, |watching| watching.next > newest).await;
     }
     assert!(watching.complaints.is_empty(), "{:#?}", watching.complaints);
     watching.events
 }
 
+/// What a watcher wants beside the events.
+#[derive(Clone, Copy)]
+struct Ask {
+    previous: bool,
+    /// Asks how far it is, after each answer and when it is quiet.
+    bookmarks: bool,
+}
+
+impl Ask {
+    const PREVIOUS: Self = Self { previous: true, bookmarks: false };
+    /// A member that is asked for progress has its answer long before, if it has one.
+    const QUIET: Duration = Duration::from_millis(100);
+}
+
 /// A watcher of all keys that begins where it was cut off.
 struct Watching {
     next: i64,
+    /// What was told last: a bookmark, or events.
+    bookmark: Option<i64>,
+    bookmarks: u64,
     events: Vec<Event>,
+    /// All keys as they are after the newest event.
+    state: HashMap<Bytes, KeyValue>,
     complaints: Vec<String>,
 }
 
 impl Watching {
     fn new() -> Self {
-        Self { next: 1, events: Vec::new(), complaints: Vec::new() }
+        let (events, state, complaints) = (Vec::new(), HashMap::new(), Vec::new());
+        Self { next: 1, bookmark: None, bookmarks: 0, events, state, complaints }
     }
 
-    async fn run(&mut self, client: &mut Client, enough: impl Fn(&[Event]) -> bool) -> Result<(), Status> {
+    async fn run(&mut self, client: &mut Client, ask: Ask, enough: impl Fn(&Self) -> bool) -> Result<(), Status> {
         let create = WatchCreateRequest {
             key: b"\0".to_vec().into(),
             range_end: b"\0".to_vec().into(),
             start_revision: self.next,
+            prev_kv: ask.previous,
             ..Default::default()
         };
         let request = WatchRequest { request_union: Some(RequestUnion::CreateRequest(create)) };
@@ -314,45 +387,104 @@ impl Watching {
         let _ = sender.send(request).await;
         let requests = tokio_stream::wrappers::ReceiverStream::new(requests);
         let mut answers = client.watch.watch(requests).await?.into_inner();
-        while !enough(&self.events) {
-            let answer = match tokio::time::timeout(TIMEOUT, answers.message()).await {
+        let (mut heard, mut created) = (Instant::now(), false);
+        while !enough(self) {
+            let answer = match tokio::time::timeout(Ask::QUIET, answers.message()).await {
                 Ok(answer) => answer?.ok_or_else(|| Status::unavailable("the stream ended"))?,
-                Err(_) => return Ok(()),
+                Err(_) if heard.elapsed() > TIMEOUT => return Ok(()),
+                Err(_) => {
+                    ask_for_bookmark(&sender, ask);
+                    continue;
+                }
             };
+            heard = Instant::now();
             if answer.canceled {
                 self.complaints.push(format!("cancelled at {}: {}", self.next, answer.cancel_reason));
                 return Ok(());
             }
-            let events: Vec<Event> = answer.events.iter().map(decode).collect();
-            for pair in events.windows(2) {
-                // W-56: in order; keys of one revision in order, too, so none is there twice.
-                if (pair[0].revision, &pair[0].key) >= (pair[1].revision, &pair[1].key) {
-                    self.complaints.push(format!("out of order: {pair:?}"));
+            created |= answer.created;
+            if answer.events.is_empty() {
+                // One that comes before the watcher says nothing about it (W-44).
+                if created && !answer.created {
+                    self.take_bookmark(answer.header.map_or(0, |header| header.revision));
                 }
+                continue;
             }
-            if let Some(first) = events.first()
-                && first.revision < self.next
-            {
-                self.complaints.push(format!("{first:?} again, after {}", self.next - 1));
-            }
-            if let Some(last) = events.last() {
-                // All of a revision comes at once, so the next begins after it.
-                self.next = last.revision + 1;
-            }
-            self.events.extend(events);
+            self.take_events(answer.events.iter().map(EventRecord::decode_raw).collect(), ask);
+            ask_for_bookmark(&sender, ask);
         }
         Ok(())
     }
+
+    /// All up to this revision has been told (W-41), so that a new start behind it misses nothing.
+    fn take_bookmark(&mut self, revision: i64) {
+        // W-45; the revision before the first that is asked for is a bookmark, too.
+        if revision < self.next - 1 {
+            self.complaints.push(format!("a bookmark at {revision} after {}", self.next - 1));
+        }
+        self.bookmarks += 1;
+        self.bookmark = Some(revision);
+        self.next = self.next.max(revision + 1);
+    }
+
+    fn take_events(&mut self, raw: Vec<EventRecord>, ask: Ask) {
+        let records: Vec<(EventRecord, Event)> = raw
+            .into_iter()
+            .map(|record| {
+                let event = Event::from(&record);
+                (record, event)
+            })
+            .collect();
+        for pair in records.windows(2) {
+            // W-56: in order; keys of one revision in order, too, so none is there twice.
+            let (one, other) = (&pair[0].1, &pair[1].1);
+            if (one.revision, &one.key) >= (other.revision, &other.key) {
+                self.complaints.push(format!("out of order: {one:?}, {other:?}"));
+            }
+        }
+        for (record, event) in records {
+            if event.revision < self.next {
+                let after = self.next - 1;
+                self.complaints.push(format!("{event:?} after {after}, a bookmark: {:?}", self.bookmark));
+            }
+            self.take_state(record, ask, event.revision);
+            self.events.push(event);
+        }
+        if let Some(last) = self.events.last() {
+            // All of a revision comes at once (W-56), so the next begins after it.
+            self.next = self.next.max(last.revision + 1);
+        }
+    }
+
+    /// The previous value is the one the events before have left.
+    fn take_state(&mut self, record: EventRecord, ask: Ask, revision: i64) {
+        let is_delete = record.is_delete();
+        let kv = record.kv.expect("every event has its key");
+        let key = kv.key.clone();
+        let before = if is_delete { self.state.remove(&key) } else { self.state.insert(key, kv) };
+        let wanted = if ask.previous { before } else { None };
+        if record.prev_kv != wanted {
+            self.complaints.push(format!("before {revision} there was {wanted:?}, not {:?}", record.prev_kv));
+        }
+    }
 }
 
-fn decode(raw: &actd::mvcc::record::RawEvent) -> Event {
-    let event = EventRecord::decode_raw(raw);
-    let is_delete = event.is_delete();
-    let kv = event.kv.expect("every event has its key");
-    Event {
-        revision: kv.mod_revision,
-        key: String::from_utf8_lossy(&kv.key).into_owned(),
-        value: (!is_delete).then(|| String::from_utf8_lossy(&kv.value).into_owned()),
+/// One request at a time is enough.
+fn ask_for_bookmark(sender: &Sender<WatchRequest>, ask: Ask) {
+    if ask.bookmarks {
+        let request = RequestUnion::ProgressRequest(WatchProgressRequest {});
+        let _ = sender.try_send(WatchRequest { request_union: Some(request) });
+    }
+}
+
+impl From<&EventRecord> for Event {
+    fn from(record: &EventRecord) -> Self {
+        let kv = record.kv.as_ref().expect("every event has its key");
+        Self {
+            revision: kv.mod_revision,
+            key: String::from_utf8_lossy(&kv.key).into_owned(),
+            value: (!record.is_delete()).then(|| String::from_utf8_lossy(&kv.value).into_owned()),
+        }
     }
 }
 
@@ -361,19 +493,27 @@ async fn watch(shared: Arc<Shared>, which: usize, mut rng: StdRng) {
     let mut watching = Watching::new();
     while !shared.stopped() {
         let mut client = shared.client(&mut rng);
+        // With and without what only some ask for; a new start is right behind a bookmark, where there are any.
+        let ask = Ask { previous: rng.random_bool(0.5), bookmarks: shared.bookmarked && rng.random_bool(0.7) };
         let stay = watching.events.len() + rng.random_range(50..400);
         let stop = shared.clone();
-        if watching.run(&mut client, |events| events.len() >= stay || stop.stopped()).await.is_err() {
+        let enough = |watching: &Watching| {
+            let rests = !ask.bookmarks || watching.bookmark.is_some_and(|at| at + 1 == watching.next);
+            watching.events.len() >= stay && rests || stop.stopped()
+        };
+        if watching.run(&mut client, ask, enough).await.is_err() {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }
+    shared.bookmarks.fetch_add(watching.bookmarks, Relaxed);
     // What it saw is a beginning of the history as any member tells it now.
     let deadline = Instant::now() + PATIENCE;
     let mut again = Watching::new();
-    while again.next < watching.next && Instant::now() < deadline {
+    // A bookmark may stand behind the newest event.
+    let newest = watching.events.last().map_or(0, |event| event.revision);
+    while again.next <= newest && Instant::now() < deadline {
         let mut client = shared.client(&mut rng);
-        let wanted = watching.next - 1;
-        let _ = again.run(&mut client, |events| events.last().is_some_and(|e| e.revision >= wanted)).await;
+        let _ = again.run(&mut client, Ask::PREVIOUS, |again| again.next > newest).await;
     }
     again.events.truncate(watching.events.len());
     if again.events != watching.events {

@@ -31,6 +31,7 @@ pub struct Member {
     pub name: String,
     pub id: u64,
     tell_id: watch::Sender<u64>,
+    network: Network,
     folder: TempDir,
     pub client_port: u16,
     peer_port: u16,
@@ -64,6 +65,7 @@ impl Member {
             name,
             id: 0,
             tell_id,
+            network: network.clone(),
             folder,
             client_port,
             peer_port,
@@ -124,6 +126,7 @@ impl Member {
             .stderr(log)
             .spawn()
             .unwrap_or_else(|e| panic!("{} does not start: {e}", self.program.display()));
+        self.network.runs_as(self.id, child.id());
         self.child = Some(child);
     }
 
@@ -149,6 +152,16 @@ impl Member {
     /// Whether its process has ended although nobody ended it.
     pub fn has_ended(&mut self) -> bool {
         self.child.as_mut().is_some_and(|child| child.try_wait().expect("our own child").is_some())
+    }
+
+    /// What its process has used so far; nothing where it does not run.
+    pub fn cpu_time(&self) -> Duration {
+        let Some(child) = &self.child else { return Duration::ZERO };
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", child.id())).expect("our own child");
+        // After the name in brackets: state, 10 numbers, then user and system time in ticks of 10 ms.
+        let (_, fields) = stat.rsplit_once(')').expect("a name in brackets");
+        let ticks = fields.split_ascii_whitespace().skip(11).take(2).map(|n| n.parse::<u64>().expect("a number"));
+        Duration::from_millis(10 * ticks.sum::<u64>())
     }
 
     fn log_path(&self) -> PathBuf {
@@ -291,6 +304,25 @@ impl Cluster {
         self.members.iter().position(|member| member.id == known[0])
     }
 
+    /// The leader and term that all who run tell alike. Waits until there is one.
+    pub async fn until_agreed(&self) -> (usize, u64) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let mut told = Vec::new();
+            for member in self.members.iter().filter(|m| m.is_running()) {
+                told.push(member.status().await.map(|status| (status.leader, status.raft_term)));
+            }
+            if let Some((leader, term)) = told[0]
+                && told.iter().all(|other| *other == told[0])
+                && let Some(leader) = self.members.iter().position(|member| member.id == leader)
+            {
+                return (leader, term);
+            }
+            assert!(Instant::now() < deadline, "they do not agree on a leader: {told:?}");
+            tokio::time::sleep(STEP).await;
+        }
+    }
+
     pub fn ids(&self) -> Vec<u64> {
         self.members.iter().map(|m| m.id).collect()
     }
@@ -320,20 +352,27 @@ impl Cluster {
         new
     }
 
-    pub async fn promote(&self, by: usize, which: usize) {
+    /// Waits until it answers, too: before it has told its name it does not count as started (C-15).
+    /// `token`: one that goes with the call, which etcd before 3.7 refuses where there is no auth.
+    pub async fn promote(&self, by: usize, which: usize, token: Option<&str>) {
         let id = self.members[which].id;
         let deadline = Instant::now() + PATIENCE;
         loop {
             let mut request = tonic::Request::new(MemberPromoteRequest { id });
-            // Goes on to the leader, and without auth means nothing to it.
-            request.metadata_mut().insert("token", "abc.1".parse().expect("a token"));
+            if let Some(token) = token {
+                request.metadata_mut().insert("token", token.parse().expect("a token"));
+            }
             match self.members[by].client().cluster.member_promote(request).await {
-                Ok(_) => return,
+                Ok(_) => break,
                 Err(e) if Instant::now() < deadline && e.message().contains("in sync") => {
                     tokio::time::sleep(STEP).await;
                 }
                 Err(e) => panic!("a learner cannot be promoted: {e}"),
             }
+        }
+        while self.members[which].status().await.is_none() {
+            assert!(Instant::now() < deadline, "a promoted learner does not answer");
+            tokio::time::sleep(STEP).await;
         }
     }
 

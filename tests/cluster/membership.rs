@@ -199,7 +199,7 @@ fn learners_answer_little_until_they_are_promoted() {
         refused(maintenance.alarm(AlarmRequest::default()).await, Code::FailedPrecondition, text);
         // Asked of a follower, which asks the leader.
         let follower = 1 - leader;
-        cluster.promote(follower, new).await;
+        cluster.promote(follower, new, Some("abc.1")).await;
         kv.range(linearizable).await.expect("at once");
         assert!(!maintenance.status(StatusRequest {}).await.expect("a status").into_inner().is_learner);
         cluster.until_equal().await;

@@ -1,8 +1,9 @@
 //! The network between members: one listener in front of each member's peer port, with faults per link that can be
 //! switched while it runs.
 //!
-//! Members know each other by these listeners. Who dials is read from the first request's `X-Server-From`; a connection
-//! without it (a question for versions, a probe) belongs to no link and is let through.
+//! Members know each other by these listeners. Who dials is found by the socket's process (`sockets.rs`), so that a cut
+//! holds for everything members say to each other: also for what bears no name, as forwarded renewals and questions for
+//! versions.
 
 use std::{
     collections::HashMap,
@@ -18,6 +19,8 @@ use tokio::{
     sync::watch,
 };
 
+use crate::sockets::{self, Dialler};
+
 /// What happens to bytes from one member to another.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Link {
@@ -29,18 +32,31 @@ pub struct Link {
 }
 
 const FINE: Link = Link { cut: false, delay: Duration::ZERO, reset: 0.0 };
-/// A request head is shorter.
-const HEAD_MAX: usize = 16 << 10;
-
-/// By who sends and who receives.
-type Links = HashMap<(u64, u64), watch::Sender<Link>>;
 
 #[derive(Clone, Default)]
-pub struct Network(Arc<Mutex<Links>>);
+pub struct Network(Arc<Mutex<Inner>>);
+
+#[derive(Default)]
+struct Inner {
+    /// By who sends and who receives.
+    links: HashMap<(u64, u64), watch::Sender<Link>>,
+    /// The newest process of each member.
+    processes: HashMap<u64, u32>,
+}
 
 impl Network {
     fn sender(&self, from: u64, to: u64) -> watch::Sender<Link> {
-        self.0.lock().unwrap().entry((from, to)).or_insert_with(|| watch::Sender::new(FINE)).clone()
+        let mut inner = self.0.lock().unwrap();
+        inner.links.entry((from, to)).or_insert_with(|| watch::Sender::new(FINE)).clone()
+    }
+
+    /// The member runs as this process now.
+    pub fn runs_as(&self, member: u64, process: u32) {
+        self.0.lock().unwrap().processes.insert(member, process);
+    }
+
+    fn processes(&self) -> HashMap<u64, u32> {
+        self.0.lock().unwrap().processes.clone()
     }
 
     pub fn set(&self, from: u64, to: u64, link: Link) {
@@ -62,7 +78,7 @@ impl Network {
     }
 
     pub fn heal(&self) {
-        for link in self.0.lock().unwrap().values() {
+        for link in self.0.lock().unwrap().links.values() {
             link.send_replace(FINE);
         }
     }
@@ -81,27 +97,24 @@ impl Network {
         });
     }
 
-    async fn pass(&self, mut dialler: TcpStream, to: &watch::Receiver<u64>, port: u16) -> io::Result<()> {
-        let mut head = Vec::new();
-        while !head.windows(4).any(|end| end == b"\r\n\r\n") && head.len() < HEAD_MAX {
-            if dialler.read_buf(&mut head).await? == 0 {
-                return Ok(());
-            }
-        }
-        let mut member = TcpStream::connect(("127.0.0.1", port)).await?;
+    async fn pass(&self, dialler: TcpStream, to: &watch::Receiver<u64>, port: u16) -> io::Result<()> {
+        // A member that does not run is dialled often, and finding out by whom takes time.
+        let member = TcpStream::connect(("127.0.0.1", port)).await?;
+        let (local, remote) = (dialler.local_addr()?.port(), dialler.peer_addr()?.port());
+        let from = match sockets::dialler(remote, local, &self.processes()) {
+            Dialler::Member(from) => Some(from),
+            // Tests speak to members this way, too.
+            Dialler::Other => None,
+            Dialler::Gone => return Ok(()),
+        };
         for socket in [&dialler, &member] {
             socket.set_nodelay(true)?;
         }
         let to = *to.borrow();
-        let (out, back) = match from(&head) {
+        let (out, back) = match from {
             Some(from) => (self.sender(from, to), self.sender(to, from)),
             None => (watch::Sender::new(FINE), watch::Sender::new(FINE)),
         };
-        let mut rng = StdRng::seed_from_u64(u64::from(port));
-        if !wait(&mut out.subscribe(), &mut rng).await {
-            return Ok(());
-        }
-        member.write_all(&head).await?;
         let (dialler_read, dialler_write) = dialler.into_split();
         let (member_read, member_write) = member.into_split();
         tokio::select! {
@@ -109,15 +122,6 @@ impl Network {
             done = pump(member_read, dialler_write, back.subscribe()) => done,
         }
     }
-}
-
-fn from(head: &[u8]) -> Option<u64> {
-    let head = String::from_utf8_lossy(head);
-    let value = head.lines().find_map(|line| {
-        let (name, value) = line.split_once(':')?;
-        name.eq_ignore_ascii_case("x-server-from").then(|| value.trim().to_owned())
-    })?;
-    u64::from_str_radix(&value, 16).ok()
 }
 
 /// Waits for the link to carry data. False: it was cut meanwhile, so the connection is broken.

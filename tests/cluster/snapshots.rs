@@ -52,6 +52,10 @@ struct Writers {
 
 impl Writers {
     fn start(cluster: &Cluster) -> Self {
+        Self::start_with_pause(cluster, Duration::from_millis(3))
+    }
+
+    fn start_with_pause(cluster: &Cluster, pause: Duration) -> Self {
         let (stop, written) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let mut tasks = JoinSet::new();
         for writer in 0..4 {
@@ -70,7 +74,7 @@ impl Writers {
                         Ok(Ok(_)) => _ = written.fetch_add(1, Relaxed),
                         _ => through = (through + 1) % clients.len(),
                     }
-                    tokio::time::sleep(Duration::from_millis(3)).await;
+                    tokio::time::sleep(pause).await;
                 }
             });
         }
@@ -317,6 +321,90 @@ fn second_snapshot_may_come_while_the_first_is_taken_in() {
             counts.push(snapshots_received(&cluster.members[follower], log_before, "received"));
         }
         println!("snapshots received: {counts:?}");
+        writers.finish().await;
+        cluster.until_equal().await;
+    });
+}
+
+/// MB of the database in `puts_beside_a_snapshot`: few in CI, `CLUSTER_SNAPSHOT_MB` where somebody wants to know.
+fn megabytes() -> usize {
+    std::env::var("CLUSTER_SNAPSHOT_MB").map_or(8, |n| n.parse().expect("CLUSTER_SNAPSHOT_MB is a number"))
+}
+
+/// What puts cost in some span of time.
+struct Span {
+    began: (Instant, u64),
+    cpu: Vec<Duration>,
+}
+
+impl Span {
+    fn begin(cluster: &Cluster, writers: &Writers) -> Self {
+        Self { began: writers.mark(), cpu: cluster.members.iter().map(Member::cpu_time).collect() }
+    }
+
+    fn end(self, what: &str, cluster: &Cluster, writers: &Writers) {
+        let (took, puts) = (self.began.0.elapsed(), writers.written.load(Relaxed) - self.began.1);
+        let rate = writers.rate(self.began);
+        let each =
+            cluster.members.iter().zip(self.cpu).map(|(member, before)| member.cpu_time().saturating_sub(before));
+        let each: Vec<String> = each
+            .map(|cpu| {
+                format!(
+                    "{:.0} µs ({:.0} %)",
+                    cpu.as_secs_f64() * 1e6 / puts as f64,
+                    100.0 * cpu.as_secs_f64() / took.as_secs_f64()
+                )
+            })
+            .collect();
+        println!("{what}: {rate:.0} puts a second for {took:.1?}; CPU of each member per put: {}", each.join(", "));
+    }
+}
+
+/// Prints and judges nothing: what a snapshot to one member costs those who write beside it.
+#[test]
+fn puts_beside_a_snapshot() {
+    run(|| async {
+        let mut cluster = Cluster::start(3, &FLAGS).await;
+        let leader = cluster.until_led().await;
+        let mut kv = cluster.members[leader].client().kv;
+        for i in 0..megabytes() * 8 {
+            // Eight a MB: a transaction of 128 values of 1 kB.
+            let put = |j| {
+                let key = format!("big/{i}/{j}");
+                let put = PutRequest { key: key.into(), value: vec![b'x'; 1_000].into(), ..Default::default() };
+                RequestOp { request: Some(OpRequest::RequestPut(put)) }
+            };
+            kv.txn(TxnRequest { success: (0..128).map(put).collect(), ..Default::default() })
+                .await
+                .expect("a transaction");
+        }
+        cluster.until_equal().await;
+        let writers = Writers::start_with_pause(&cluster, Duration::ZERO);
+        let follower = (leader + 1) % 3;
+        println!("{} MB; the leader is member {leader}, the one that gets a snapshot {follower}", megabytes());
+        let span = Span::begin(&cluster, &writers);
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        span.end("all up", &cluster, &writers);
+
+        cluster.members[follower].kill();
+        writers.leave_behind(Duration::ZERO).await;
+        let (leader_log, log) = (cluster.members[leader].log().len(), cluster.members[follower].log().len());
+        cluster.restart(follower);
+        let deadline = Instant::now() + PATIENCE;
+        let until = async |member: &Member, from: usize, word: &str| {
+            while snapshots_received(member, from, word) == 0 {
+                assert!(Instant::now() < deadline, "no member is {word} a snapshot");
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        until(&cluster.members[leader], leader_log, "sending").await;
+        let span = Span::begin(&cluster, &writers);
+        until(&cluster.members[follower], log, "received").await;
+        span.end("while it is sent", &cluster, &writers);
+        until_it_answers(&mut cluster.members[follower]).await;
+        let span = Span::begin(&cluster, &writers);
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        span.end("all up again", &cluster, &writers);
         writers.finish().await;
         cluster.until_equal().await;
     });

@@ -10,10 +10,15 @@ use std::{
     env,
     ffi::OsString,
     fs::File,
+    hash::{BuildHasher, RandomState},
     io::{Read, Write},
     net::{TcpListener, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
+    sync::{
+        LazyLock,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -259,11 +264,14 @@ impl Drop for Server {
     }
 }
 
-/// Ports nobody listens on now. Held together, so that they differ.
+/// Ports nobody listens on now and that this process gets once only; below those the system gives to whoever dials, so
+/// that none is taken before it is used.
 pub fn free_ports<const N: usize>() -> [u16; N] {
-    let held: [TcpListener; N] =
-        std::array::from_fn(|_| TcpListener::bind("127.0.0.1:0").expect("a free port on loopback"));
-    held.map(|listener| listener.local_addr().expect("a bound socket has an address").port())
+    static NEXT: LazyLock<AtomicU64> = LazyLock::new(|| AtomicU64::new(RandomState::new().hash_one(0) >> 1));
+    std::array::from_fn(|_| {
+        let mut ports = (0..1_000).map(|_| 10_000 + (NEXT.fetch_add(1, Ordering::Relaxed) % 22_000) as u16);
+        ports.find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok()).expect("a free port on loopback")
+    })
 }
 
 /// The body of a plain HTTP answer with status 200.

@@ -175,6 +175,11 @@ fn span(rng: &mut StdRng, choices: &[(u64, u64)]) -> (u64, u64) {
 
 impl Plan {
     pub fn new(seed: u64) -> Self {
+        Self::with_focus(seed, None)
+    }
+
+    /// A plan that goes after one thing, or what the seed says.
+    pub fn with_focus(seed: u64, wanted: Option<Focus>) -> Self {
         let mut rng = StdRng::seed_from_u64(seed);
         let rng = &mut rng;
         let members = *[1, 3, 3, 3, 3, 3, 5].choose(rng).expect("there are choices");
@@ -220,7 +225,15 @@ impl Plan {
         };
         let until = rng.random_range(14..18) * SECOND;
         let mut plan = Self { seed, config, faults: Vec::new(), until };
-        let focus = focus(rng, &mut plan.config);
+        let drawn = rng.random_range(0..8);
+        let focus = wanted.unwrap_or(match drawn {
+            0 => Focus::Reads,
+            1 => Focus::Snapshots,
+            2 => Focus::Leases,
+            3 => Focus::Compaction,
+            _ => Focus::Nothing,
+        });
+        focus.set(&mut plan.config);
         plan.faults = faults(rng, plan.config.members, until, focus);
         plan
     }
@@ -228,7 +241,7 @@ impl Plan {
 
 /// Half of the seeds go after one thing, where mistakes have been most frequent.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Focus {
+pub enum Focus {
     Nothing,
     /// Late answers to read rounds.
     Reads,
@@ -240,33 +253,31 @@ enum Focus {
     Compaction,
 }
 
-fn focus(rng: &mut StdRng, config: &mut Config) -> Focus {
-    match rng.random_range(0..8) {
-        0 => {
-            config.members = 3;
-            config.mix = Mix { put: 30, get: 60, delete: 0, txn: 0, compact: 0, lease: 0 };
-            (config.late, config.loss, config.latency) = (0.2, 0.02, (MS, 60 * MS));
-            config.think = (MS, 20 * MS);
-            Focus::Reads
+impl Focus {
+    fn set(self, config: &mut Config) {
+        match self {
+            Focus::Reads => {
+                config.members = 3;
+                config.mix = Mix { put: 30, get: 60, delete: 0, txn: 0, compact: 0, lease: 0 };
+                (config.late, config.loss, config.latency) = (0.2, 0.02, (MS, 60 * MS));
+                config.think = (MS, 20 * MS);
+            }
+            Focus::Snapshots => {
+                config.members = 3;
+                (config.snapshot_count, config.catch_up_entries, config.sync_interval) = (1, 0, 100 * MS);
+                (config.snapshot_transfer, config.apply_queue, config.batch) = ((MS, 20 * MS), 1, 1);
+                config.think = (MS, 30 * MS);
+            }
+            Focus::Leases => {
+                config.members = 3;
+                config.mix = Mix { put: 20, get: 5, delete: 0, txn: 0, compact: 0, lease: 75 };
+            }
+            Focus::Compaction => {
+                config.mix = Mix { put: 40, get: 20, delete: 20, txn: 10, compact: 20, lease: 0 };
+                (config.clean, config.apply, config.keys) = (1, (MS, 20 * MS), 30);
+            }
+            Focus::Nothing => {}
         }
-        1 => {
-            config.members = 3;
-            (config.snapshot_count, config.catch_up_entries, config.sync_interval) = (1, 0, 100 * MS);
-            (config.snapshot_transfer, config.apply_queue, config.batch) = ((MS, 20 * MS), 1, 1);
-            config.think = (MS, 30 * MS);
-            Focus::Snapshots
-        }
-        2 => {
-            config.members = 3;
-            config.mix = Mix { put: 20, get: 5, delete: 0, txn: 0, compact: 0, lease: 75 };
-            Focus::Leases
-        }
-        3 => {
-            config.mix = Mix { put: 40, get: 20, delete: 20, txn: 10, compact: 20, lease: 0 };
-            (config.clean, config.apply, config.keys) = (1, (MS, 20 * MS), 30);
-            Focus::Compaction
-        }
-        _ => Focus::Nothing,
     }
 }
 
