@@ -144,7 +144,6 @@ impl<P: Proposer> Actor for LeaseActor<P> {
     type Control = Control;
 
     fn on_message(&mut self, ask: Ask, turn: &Turn) {
-        let now = self.ms(turn.now);
         match ask {
             Ask::Renew { id, answer } => {
                 let renewed = match self.expirer.on_renew(id, self.ms_up(turn.now)) {
