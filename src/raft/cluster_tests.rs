@@ -747,3 +747,48 @@ fn the_entry_of_a_membership_change_stays_until_it_is_in_force() {
     let record = node.core.checkpoint(recorded);
     assert!(record.is_none_or(|record| record.index() < recorded), "its entry would be dropped");
 }
+
+#[test]
+fn a_member_that_takes_on_a_snapshot_stands_for_no_election() {
+    let (mut cluster, leader) = Cluster::led(3);
+    let follower = other(&cluster, leader);
+    for i in 0..20 {
+        cluster.propose(leader, &format!("k{i}"));
+        cluster.settle();
+    }
+    let term = cluster.nodes[&leader].core.reading().term;
+    let conf_state = raftpb::ConfState { voters: vec![1, 2, 3], ..Default::default() };
+    let metadata = raftpb::SnapshotMetadata { conf_state: Some(conf_state), index: Some(1_000), term: Some(term) };
+    let message = |kind: raftpb::MessageType, snapshot| raftpb::Message {
+        r#type: Some(kind.into()),
+        to: Some(follower),
+        from: Some(leader),
+        term: Some(term),
+        snapshot,
+        ..Default::default()
+    };
+    let snapshot = raftpb::Snapshot { data: Some(Bytes::new()), metadata: Some(metadata) };
+    let now = cluster.now;
+    let node = cluster.node(follower);
+    node.core.step(message(raftpb::MessageType::MsgSnap, Some(snapshot))).unwrap();
+    assert!(node.core.has_snapshot());
+    let applied = node.applied_index;
+    node.core.poll(applied, Room::EVERYWHERE, &mut node.output);
+    // Its log writes the record, its applier takes long, and the leader is gone.
+    for tick in 0..100 {
+        node.core.tick(now + Duration::from_millis(100 * tick));
+        node.core.step(message(raftpb::MessageType::MsgTimeoutNow, None)).unwrap();
+        node.core.poll(applied, Room::EVERYWHERE, &mut node.output);
+        let written: Vec<u64> = node.output.appends.drain(..).map(|append| append.number).collect();
+        written.into_iter().for_each(|number| node.core.persisted(number, &mut node.output));
+    }
+    assert_eq!(node.core.reading().term, term);
+    assert_eq!(node.output.install.map(|install| install.index), Some(1_000));
+    node.core.installed(1_000);
+    for tick in 100..150 {
+        node.core.tick(now + Duration::from_millis(100 * tick));
+        node.core.poll(1_000, Room::EVERYWHERE, &mut node.output);
+    }
+    let asks = |m: &raftpb::Message| m.r#type() == raftpb::MessageType::MsgPreVote;
+    assert!(node.output.messages.iter().any(asks), "then it does");
+}

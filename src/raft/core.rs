@@ -221,6 +221,8 @@ impl Core {
             MessageType::MsgHeartbeat if message.commit > self.node.raft.raft_log.last_index() => {
                 return Err("it says that entries are committed which this log does not have: was its end lost?");
             }
+            // Others are asked to lead only when they are up to date.
+            MessageType::MsgTimeoutNow if self.installing => {}
             MessageType::MsgPropose => {
                 if !message.entries.iter().all(convert::is_readable) {
                     return Err("a proposal that no member can apply");
@@ -252,7 +254,9 @@ impl Core {
                 let term = self.node.raft.term;
                 self.node.raft.become_follower(term, raft::INVALID_ID);
             }
-        } else {
+        } else if !self.installing {
+            // Whoever has not taken on its snapshot yet stands for no election: raft would look at entries that the
+            // snapshot replaced.
             self.set_election_timeout();
             self.node.tick();
         }
@@ -303,7 +307,7 @@ impl Core {
     /// A sole voter need not wait for an election timeout: nobody else can lead.
     pub fn campaign_alone(&mut self) {
         let raft = &self.node.raft;
-        if raft.state == StateRole::Follower && self.is_sole_voter() && raft.promotable() {
+        if raft.state == StateRole::Follower && self.is_sole_voter() && raft.promotable() && !self.installing {
             // Refused while a membership change is committed but not applied; the next tick asks again.
             let _ = self.node.campaign();
         }

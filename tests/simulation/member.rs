@@ -4,7 +4,10 @@
 use std::{
     collections::{BTreeMap, VecDeque},
     path::Path,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use actd::{
@@ -143,7 +146,7 @@ impl Member {
         stores.complete.retain(|name, _| *name == current);
         stores.building = None;
 
-        let in_use = Arc::new(StoreInUse::new(Rows { read: store.clone(), write: store }));
+        let in_use = Arc::new(StoreInUse::new(Rows::new(store.clone(), store)));
         let settings = apply::Settings {
             member_id: self.id,
             min_lease_ttl: MIN_TTL,
@@ -242,7 +245,7 @@ impl Member {
         self.stores.current = Some(install.index);
         let new = self.stores.current().expect("the store was prepared before the record").clone();
         let write = if sim::has(Bug::InstallKeepsOldStore) { old } else { new.clone() };
-        let rows = Arc::new(Rows { read: new, write });
+        let rows = Arc::new(Rows::new(new, write));
         let mut core = apply::Core::open(rows.clone(), process.settings.clone()).expect("a prepared store opens");
         assert_eq!(core.applied_index(), install.index, "the store is of another index");
         process.in_use.replace(rows);
@@ -346,11 +349,24 @@ impl Process {
 pub struct Rows {
     read: MemStorage,
     write: MemStorage,
+    misses: AtomicU64,
+}
+
+impl Rows {
+    fn new(read: MemStorage, write: MemStorage) -> Self {
+        Self { read, write, misses: AtomicU64::new(0) }
+    }
 }
 
 impl Storage for Rows {
     fn get(&self, bucket: Bucket, key: &[u8]) -> Result<Option<Bytes>, storage::Error> {
-        self.read.get(bucket, key)
+        let row = self.read.get(bucket, key)?;
+        if row.is_none() && bucket == Bucket::Key {
+            // Readers ask again when clean-up took a row, with a newer view. That ends.
+            let misses = self.misses.fetch_add(1, Ordering::Relaxed);
+            assert!(misses < 100_000, "readers ask for ever for rows that are gone");
+        }
+        Ok(row)
     }
 
     fn scan(&self, bucket: Bucket, from: &[u8], to: &[u8], visit: storage::Visit<'_>) -> Result<(), storage::Error> {
