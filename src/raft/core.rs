@@ -609,7 +609,9 @@ impl Core {
                 sim::mark("a snapshot covers entries that wait for apply");
             }
             if !sim::has(Bug::SnapshotKeepsEntries) {
-                self.held.clear();
+                // Their effect comes with the snapshot, their result does not.
+                let waiting = self.held.drain(..).filter_map(|entry| entry.ticket);
+                self.answers.extend(waiting.map(|ticket| (ticket.reply, Err(Error::Timeout))));
                 self.held_bytes = 0;
             }
             self.conf_change_at = None;

@@ -271,6 +271,7 @@ impl Focus {
             Focus::Leases => {
                 config.members = 3;
                 config.mix = Mix { put: 20, get: 5, delete: 0, txn: 0, compact: 0, lease: 75 };
+                config.late = 0.0;
             }
             Focus::Compaction => {
                 config.mix = Mix { put: 40, get: 20, delete: 20, txn: 10, compact: 20, lease: 0 };

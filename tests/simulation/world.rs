@@ -100,6 +100,7 @@ pub struct World {
     /// From, to: cut until then.
     pub cuts: BTreeMap<(usize, usize), u64>,
     pub loss: (f64, u64),
+    pub late: f64,
     /// Until when a client has been promised that a lease lives.
     pub promised: BTreeMap<i64, u64>,
     /// When a lease ran out and was revoked.
@@ -157,6 +158,7 @@ impl World {
             truth: Truth::new(MIN_TTL),
             cuts: BTreeMap::new(),
             loss: (config.loss, u64::MAX),
+            late: config.late,
             promised: BTreeMap::new(),
             expired: BTreeMap::new(),
             revocations_seen: 0,
@@ -471,7 +473,7 @@ impl World {
             member.slow_apply = (0, 0);
         }
         self.plan.config.repeat = 0.0;
-        self.plan.config.late = 0.0;
+        self.late = 0.0;
         // Clients take what is due in time for the last look.
         self.plan.config.take = (100, MS);
         for w in 0..self.watchers.len() {
@@ -513,7 +515,7 @@ impl World {
             let latency = self.draw(self.plan.config.latency) * 3;
             self.after(latency, Event::Message(to, Box::new(message.clone())));
         }
-        let late = self.plan.config.late;
+        let late = self.late;
         let is_late = late > 0.0 && self.rng.random_bool(late);
         let latency = self.draw(if is_late { LATE } else { self.plan.config.latency });
         self.after(latency, Event::Message(to, Box::new(message)));
