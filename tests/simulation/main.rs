@@ -137,7 +137,7 @@ const BUDGET: u64 = 1_500;
 const RARE_BUGS: [(Bug, Focus); 5] = [
     (Bug::RepeatedReadContext, Focus::Reads),
     (Bug::SnapshotKeepsEntries, Focus::Snapshots),
-    (Bug::LogDroppedTooEarly, Focus::Snapshots),
+    (Bug::LogDroppedTooEarly, Focus::Nothing),
     (Bug::ResumedCompaction, Focus::Compaction),
     (Bug::RevokeAfterLeadership, Focus::Leases),
 ];

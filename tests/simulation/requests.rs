@@ -79,10 +79,11 @@ impl World {
         }
     }
 
-    /// A leader that others have replaced promises until it notices; answers that come late keep it from noticing, as in
-    /// etcd. Where no message is late it notices in time.
+    /// A leader that others have replaced promises until it notices, two election timeouts at most; its successor adds one to
+    /// every lease, after the one it took to be elected. What is on its way meanwhile comes on top, as in etcd.
     fn grace(&self) -> u64 {
-        if self.plan.config.late > 0.0 { LATE.1 } else { 0 }
+        let late = if self.plan.config.late > 0.0 { LATE.1 } else { 0 };
+        late + 3 * self.plan.config.latency.1
     }
 
     /// Somebody was told that a lease lives for `ttl` seconds, by a call that began at `start`.
