@@ -56,9 +56,11 @@ impl World {
                     self.mark("a bit of the log flipped");
                 }
             }
-            Fault::LoseSyncs { member, down } if self.may_lose(member) => {
+            Fault::LoseSyncs { member, down } if self.may_lose(member) && self.is_up(member) => {
+                let last = self.process(member).raft.reading().last_index;
                 self.crash_for(member, true, down);
                 if lose_syncs(&mut self.members[member]) {
+                    self.members[member].had_synced = Some(last);
                     self.members[member].may_refuse = true;
                     self.mark("a log lost what was synced");
                 }

@@ -81,6 +81,8 @@ pub struct Member {
     pub lost: Option<String>,
     /// Its data was damaged on purpose, so it may refuse to start.
     pub may_refuse: bool,
+    /// Its log lost what it had synced, up to this index.
+    pub had_synced: Option<u64>,
     /// It begins as part of a running cluster.
     pub joins: bool,
     pub restart_at: Option<u64>,
@@ -101,6 +103,7 @@ impl Member {
             clock_ms: 1_800_000_000_000,
             lost: None,
             may_refuse: false,
+            had_synced: None,
             joins,
             restart_at: None,
         }
@@ -157,6 +160,12 @@ impl Member {
         };
         let core = apply::Core::open(in_use.clone(), settings.clone()).map_err(|e| e.to_string())?;
         server::fit(&found, core.applied_index()).map_err(|e| e.to_string())?;
+        // No log can notice that its disk took back what it had promised, unless the store knows of it. What becomes of a
+        // cluster then is not promised, so whoever runs it is taken to know his disk.
+        let last = found.entries.last().map_or(found.snapshot.index(), raftpb::Entry::index);
+        if self.had_synced.take().is_some_and(|synced| last < synced) {
+            return Err("its disk took back what was synced".to_owned());
+        }
         if core.members().is_removed(self.id) {
             return Err("removed".to_owned());
         }
