@@ -440,18 +440,18 @@ fn transaction_is_seen_whole_or_not_at_all() {
 }
 
 #[test]
-fn value_to_keep_that_the_same_transaction_deletes_is_empty() {
+fn value_to_keep_that_the_same_transaction_deletes_is_of_no_key() {
     if std::env::var_os("ACTD_UNDER_TEST").is_some() {
         return common::left_out("this transaction ends etcd 3.7.1's process, on every member");
     }
     with_client(|mut c| async move {
         let lease = c.grant(60).await;
         c.put(PutRequest { lease, ..put("a", "1") }).await.expect("a put");
-        // KV-58 finds the key, as it looks before any operation; KV-65 lets the deletion through.
+        // KV-65 lets the deletion through, and what it takes is not there to be kept.
         let keep = PutRequest { ignore_value: true, ignore_lease: true, ..put("a", "") };
-        let done = c.txn(all([delete_span("a", "\0").op(), keep.op()])).await.expect("a transaction");
-        assert_eq!(revision(&done), 3);
-        let record = c.record("a").await.expect("a record");
-        assert_eq!((text(&record.value), record.lease, record.version), (String::new(), 0, 1));
+        let refused = refusal(c.txn(all([delete_span("a", "\0").op(), keep.op()])).await);
+        assert_eq!(refused, etcd(Code::InvalidArgument, "key not found"));
+        let record = c.record("a").await.expect("nothing is applied");
+        assert_eq!((text(&record.value), record.lease, record.version), ("1".to_owned(), lease, 1));
     });
 }
