@@ -134,9 +134,8 @@ impl StoreDir {
     pub fn build(&self, name: &str, options: &Options) -> Result<FjallStorage, Error> {
         assert!(is_name(name), "a store is named by letters, digits and '-': {name:?}");
         let dir = self.building(name);
-        if exists(&dir)? {
-            std::fs::remove_dir_all(&dir).map_err(|e| failed(&dir, e))?;
-        }
+        // Emptied and not replaced: at a first start the directory is the proof that there was no complete store yet.
+        empty(&dir).map_err(|e| failed(&dir, e))?;
         FjallStorage::create(&dir, options)
     }
 
@@ -223,6 +222,23 @@ fn exists(path: &Path) -> Result<bool, Error> {
     path.try_exists().map_err(|e| failed(path, e))
 }
 
+/// Deletes what is in a directory, if there is one.
+fn empty(dir: &Path) -> io::Result<()> {
+    let entries = match std::fs::read_dir(dir) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries?,
+    };
+    for entry in entries {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            std::fs::remove_dir_all(entry.path())?;
+        } else {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
 fn sync_dir(path: &Path) -> Result<(), Error> {
     File::open(path).and_then(|dir| dir.sync_all()).map_err(|e| failed(path, e))
 }
@@ -233,6 +249,8 @@ fn failed(path: &Path, error: io::Error) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt;
+
     use super::*;
     use crate::storage::{Bucket, Storage, WriteBatch};
 
@@ -307,9 +325,16 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let stores = StoreDir::open(dir.path()).unwrap();
         stores.switch_to(FIRST).unwrap();
-        std::fs::create_dir(stores.root.join("0.new")).unwrap();
+        let building = stores.root.join("0.new");
+        std::fs::create_dir_all(building.join("rows")).unwrap();
+        std::fs::write(building.join("format"), "half").unwrap();
+        // Held, so that its number goes to no other directory.
+        let held = File::open(&building).unwrap();
         let store = stores.open_current(&Options::default()).unwrap();
         assert_eq!(marked(&store), None);
+        // It was there all the time: had it been away, a crash then would have left a store that seems lost.
+        let number = |file: &File| file.metadata().unwrap().ino();
+        assert_eq!(number(&held), number(&File::open(stores.path("0")).unwrap()));
     }
 
     #[test]
