@@ -12,14 +12,13 @@ use std::{
 use actd::pb::etcdserverpb::{
     PutRequest, RangeRequest, WatchCancelRequest, WatchCreateRequest, WatchRequest, watch_request::RequestUnion,
 };
-use bytes::{Buf, BufMut, Bytes};
-use common::{Client, Server};
-use tokio_stream::wrappers::UnboundedReceiverStream;
-use tonic::{
-    Code, Status,
-    codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
-    transport::{Channel, Endpoint},
+use bytes::Bytes;
+use common::{
+    Client, Server,
+    raw::{RawCodec, channel},
 };
+use tokio_stream::wrappers::UnboundedReceiverStream;
+use tonic::{Code, Status};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -29,48 +28,6 @@ fn start(flags: &[&str]) -> Server {
 
 fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime")
-}
-
-/// Messages as they are, whatever they hold.
-#[derive(Clone, Default)]
-struct RawCodec;
-
-impl Codec for RawCodec {
-    type Encode = Bytes;
-    type Decode = Bytes;
-    type Encoder = RawCodec;
-    type Decoder = RawCodec;
-
-    fn encoder(&mut self) -> RawCodec {
-        RawCodec
-    }
-
-    fn decoder(&mut self) -> RawCodec {
-        RawCodec
-    }
-}
-
-impl Encoder for RawCodec {
-    type Item = Bytes;
-    type Error = Status;
-
-    fn encode(&mut self, item: Bytes, buf: &mut EncodeBuf<'_>) -> Result<(), Status> {
-        buf.put(item);
-        Ok(())
-    }
-}
-
-impl Decoder for RawCodec {
-    type Item = Bytes;
-    type Error = Status;
-
-    fn decode(&mut self, buf: &mut DecodeBuf<'_>) -> Result<Option<Bytes>, Status> {
-        Ok(Some(buf.copy_to_bytes(buf.remaining())))
-    }
-}
-
-async fn channel(server: &Server) -> Channel {
-    Endpoint::from_shared(server.endpoint()).expect("an address").connect().await.expect("a connection")
 }
 
 async fn raw_call(server: &Server, path: &'static str, message: &'static [u8]) -> Result<Bytes, Status> {

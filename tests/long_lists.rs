@@ -9,60 +9,17 @@ use actd::pb::etcdserverpb::{
     CompactionRequest, PutRequest, RangeRequest, RangeResponse, RequestOp, TxnRequest, request_op::Request,
     response_op::Response,
 };
-use bytes::{Buf, BufMut, Bytes};
-use common::{Client, Server};
+use bytes::Bytes;
+use common::{
+    Client, Server,
+    raw::{RawCodec, channel},
+};
 use http::uri::PathAndQuery;
 use prost::Message;
-use tonic::{
-    Code, Status, Streaming,
-    codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
-    transport::{Channel, Endpoint},
-};
+use tonic::{Code, Status, Streaming, transport::Channel};
 
 fn start() -> Server {
     Server::start(Path::new(&common::server_under_test(env!("CARGO_BIN_EXE_actd"))), &["--quota-backend-bytes=0"])
-}
-
-/// Messages as the bytes they are.
-#[derive(Clone, Default)]
-struct RawCodec;
-
-impl Codec for RawCodec {
-    type Encode = Bytes;
-    type Decode = Bytes;
-    type Encoder = RawCodec;
-    type Decoder = RawCodec;
-
-    fn encoder(&mut self) -> RawCodec {
-        RawCodec
-    }
-
-    fn decoder(&mut self) -> RawCodec {
-        RawCodec
-    }
-}
-
-impl Encoder for RawCodec {
-    type Item = Bytes;
-    type Error = Status;
-
-    fn encode(&mut self, item: Bytes, buf: &mut EncodeBuf<'_>) -> Result<(), Status> {
-        buf.put(item);
-        Ok(())
-    }
-}
-
-impl Decoder for RawCodec {
-    type Item = Bytes;
-    type Error = Status;
-
-    fn decode(&mut self, buf: &mut DecodeBuf<'_>) -> Result<Option<Bytes>, Status> {
-        Ok(Some(buf.copy_to_bytes(buf.remaining())))
-    }
-}
-
-async fn channel(server: &Server) -> Channel {
-    Endpoint::from_shared(server.endpoint()).expect("an address").connect().await.expect("a connection")
 }
 
 /// Begins a range whose answer is taken only as the test asks for it: up to a flow-control window is on its way.
