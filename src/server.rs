@@ -118,7 +118,7 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
     let applied = Arc::new(AtomicU64::new(core.applied_index()));
     let registry = Registry::default();
     let metrics = Metrics::new(config.metrics == "extensive");
-    let raft_status = Arc::new(raft::Status::default());
+    let raft_status = Arc::new(raft::Status::new(Duration::from_millis(config.heartbeat_interval_ms)));
 
     let rpc = rpc_runtimes();
     // One delivery queue more than RPC runtimes: for the server's own proposals.
@@ -173,7 +173,6 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
             max_learners: usize::try_from(config.max_learners).unwrap_or(0),
             strict_reconfig_check: config.strict_reconfig_check,
             election_timeout: Duration::from_millis(config.election_timeout_ms),
-            heartbeat: Duration::from_millis(config.heartbeat_interval_ms),
             slow_request: config.slow_unary_request(),
             profiles: config.enable_pprof || config.log_level == "debug",
             features: config.feature_gates.states().map(|(gate, open)| (gate.name, gate.stage.name(), open)).collect(),

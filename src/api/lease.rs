@@ -1,7 +1,8 @@
 //! The Lease service.
 
 use std::pin::Pin;
-use std::time::Duration;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 use tokio_stream::Stream;
@@ -41,11 +42,6 @@ pub enum Renewal {
 impl Server {
     /// Renews a lease, if this member leads.
     pub async fn renew(&self, id: i64, runtime: usize) -> Result<Renewal, Error> {
-        let raft = self.raft_status.read();
-        if raft.is_leader && !raft.is_alone && !self.has_ticked() {
-            // A process that stood still may have been replaced without knowing it (L-11).
-            self.linearizable_view(runtime).await.map_err(|_| Error::NotPrimaryLessor)?;
-        }
         let (answer, renewed) = oneshot::channel();
         let renewed = match self.leases.try_send(Ask::Renew { id, answer }) {
             Ok(()) => renewed.await.ok(),
@@ -53,13 +49,17 @@ impl Server {
         };
         Ok(match renewed {
             Some(Renewed::Ttl { ttl, clear_checkpoint }) => {
+                // After the renewal, so that no pause comes between the two unseen.
+                if !self.confirm_leadership(runtime).await? {
+                    return Ok(Renewal::Later);
+                }
                 if clear_checkpoint {
                     let checkpoints = vec![LeaseCheckpoint { id, remaining_ttl: 0 }];
                     let lease_checkpoint = Some(LeaseCheckpointRequest { checkpoints });
                     let request = InternalRaftRequest { lease_checkpoint, ..Default::default() };
                     self.propose(request, runtime).await?;
                 }
-                self.metrics.leases_renewed.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                self.metrics.leases_renewed.fetch_add(1, Ordering::Relaxed);
                 // After the renewal: a revocation applied before it shows here (H-41).
                 if self.view.load().leases.contains(id) { Renewal::Ttl(ttl) } else { Renewal::Gone }
             }
@@ -68,6 +68,23 @@ impl Server {
             Some(Renewed::NotLeader) if !self.raft_status.read().is_leader => Renewal::NotLeader,
             Some(Renewed::Unknown | Renewed::NotLeader) | None => Renewal::Later,
         })
+    }
+
+    /// Whether this member leads. One that stood still may have been replaced without knowing it: it asks the others,
+    /// once after each pause (L-11).
+    async fn confirm_leadership(&self, runtime: usize) -> Result<bool, Error> {
+        let (raft, pauses) = (self.raft_status.read(), self.raft_status.pauses(Instant::now()));
+        if !raft.is_leader || raft.is_alone || pauses == Some(self.confirmed_pauses.load(Ordering::Relaxed)) {
+            return Ok(raft.is_leader);
+        }
+        self.linearizable_view(runtime).await.map_err(|_| Error::NotPrimaryLessor)?;
+        // Another leader may have answered.
+        let now = self.raft_status.read();
+        let leads = now.is_leader && now.term == raft.term;
+        if leads && let Some(pauses) = pauses {
+            self.confirmed_pauses.store(pauses, Ordering::Relaxed);
+        }
+        Ok(leads)
     }
 }
 

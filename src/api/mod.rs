@@ -61,7 +61,6 @@ pub struct Settings {
     pub max_learners: usize,
     pub strict_reconfig_check: bool,
     pub election_timeout: Duration,
-    pub heartbeat: Duration,
     /// Requests that take longer are worth a line in the log.
     pub slow_request: Duration,
     /// Whether `/debug/pprof/` is there.
@@ -81,6 +80,8 @@ pub struct Server {
     request_counter: AtomicU64,
     /// A NOSPACE alarm has been asked for and is under way.
     alarm_asked: AtomicBool,
+    /// Of this member's pauses: after so many its leadership was confirmed.
+    confirmed_pauses: AtomicU64,
 }
 
 /// A handler's view of the server: the server and the RPC runtime it runs in.
@@ -131,6 +132,7 @@ impl Server {
             removed: Notify::new(),
             request_counter: AtomicU64::new(parts.started_unix_ms << 8),
             alarm_asked: AtomicBool::new(false),
+            confirmed_pauses: AtomicU64::new(0),
             parts,
         }
     }
@@ -353,11 +355,6 @@ impl Server {
             Err(Error::Timeout) => Err(self.explain_timeout(began)),
             outcome => outcome,
         }
-    }
-
-    /// Whether raft's clock runs: a leader whose process stood still must ask before it acts on its leadership.
-    pub fn has_ticked(&self) -> bool {
-        self.raft_status.last_tick().is_some_and(|at| at.elapsed() < 3 * self.settings.heartbeat)
     }
 
     /// What a proposal that came to nothing may have suffered from (D-17).

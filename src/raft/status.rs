@@ -5,15 +5,21 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering::Acquire, Ordering::Relaxed, Ordering::Release},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use arc_swap::ArcSwapOption;
 
 use tokio::sync::Notify;
 
+/// A gap of so many ticks is a pause: others may meanwhile have elected another leader (L-11).
+const PAUSE: u32 = 3;
+
 #[derive(Debug, Default)]
 pub struct Status {
+    /// Time between ticks, as it should be.
+    tick: Duration,
+    pauses: AtomicU64,
     term: AtomicU64,
     leader: AtomicU64,
     commit: AtomicU64,
@@ -58,12 +64,26 @@ pub struct Reading {
 }
 
 impl Status {
-    pub(super) fn ticked(&self, at: Instant) {
+    pub fn new(tick: Duration) -> Self {
+        Self { tick, ..Self::default() }
+    }
+
+    pub fn ticked(&self, at: Instant) {
+        if self.ticked.load().as_deref().is_some_and(|last| self.is_pause(*last, at)) {
+            self.pauses.fetch_add(1, Release);
+        }
+        // After the count: whoever sees this tick sees the pause that it ended.
         self.ticked.store(Some(Arc::new(at)));
     }
 
-    pub fn last_tick(&self) -> Option<Instant> {
-        self.ticked.load().as_deref().copied()
+    fn is_pause(&self, from: Instant, to: Instant) -> bool {
+        to.saturating_duration_since(from) >= PAUSE * self.tick
+    }
+
+    /// How often raft has stood still; `None`: it does so now.
+    pub fn pauses(&self, now: Instant) -> Option<u64> {
+        let is_steady = self.ticked.load().as_deref().is_some_and(|last| !self.is_pause(*last, now));
+        is_steady.then(|| self.pauses.load(Acquire))
     }
 
     pub fn leader_since(&self) -> Option<Instant> {
@@ -125,5 +145,28 @@ impl Status {
             }
             told.await;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TICK: Duration = Duration::from_millis(100);
+
+    #[test]
+    fn a_pause_is_remembered_when_ticks_go_on() {
+        // L-11
+        let (status, start) = (Status::new(TICK), Instant::now());
+        assert_eq!(status.pauses(start), None, "it has not begun");
+        status.ticked(start);
+        status.ticked(start + TICK);
+        assert_eq!(status.pauses(start + 3 * TICK), Some(0), "two ticks are late at times");
+        assert_eq!(status.pauses(start + 4 * TICK), None, "it stands still");
+        status.ticked(start + 5 * TICK);
+        assert_eq!(status.pauses(start + 5 * TICK), Some(1), "one tick does not make it forgotten");
+        status.ticked(start + 6 * TICK);
+        status.ticked(start + 20 * TICK);
+        assert_eq!(status.pauses(start + 20 * TICK), Some(2));
     }
 }

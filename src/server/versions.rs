@@ -114,7 +114,7 @@ fn decide(current: Option<Version>, lowest: Option<Version>, downgrade: Option<V
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::{
         actor::{Gate, Inbox, Registry},
@@ -126,7 +126,7 @@ mod tests {
     };
 
     /// A server without members whose raft only collects what it is given.
-    fn alone(dir: &std::path::Path) -> (Server, RaftInbox) {
+    pub fn alone(dir: &std::path::Path) -> (Server, RaftInbox) {
         let storage = Arc::new(StoreInUse::new(FjallStorage::create(dir, &Options::default()).unwrap()));
         let settings = apply::Settings {
             member_id: 1,
@@ -151,7 +151,6 @@ mod tests {
                 max_learners: 1,
                 strict_reconfig_check: true,
                 election_timeout: Duration::from_secs(1),
-                heartbeat: Duration::from_millis(100),
                 slow_request: Duration::from_secs(1),
                 features: Vec::new(),
                 profiles: false,

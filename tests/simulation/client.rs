@@ -285,6 +285,16 @@ impl World {
             _ => {}
         }
         if let Some(c) = client {
+            let unanswered = matches!(
+                answer,
+                Answer::Broken
+                    | Answer::Outcome(Err(Error::Timeout | Error::Stopped))
+                    | Answer::Range(Err(Error::Timeout | Error::NotLeader))
+            );
+            if unanswered && self.rng.random_bool(0.5) {
+                // It tries another member.
+                self.clients[c].member = self.rng.random_range(0..self.members.len());
+            }
             let think = self.draw(self.plan.config.think);
             let client = &mut self.clients[c];
             client.op = None;

@@ -25,38 +25,66 @@ impl World {
         }
         let fault = self.plan.faults[fault].fault.clone();
         self.say(|| format!("FAULT {fault:?}"));
-        self.stats.faults += 1;
+        let is_done = self.carry_out(fault);
+        // Instead of what cannot be done now somebody hesitates, so that no run is without trouble.
+        if is_done || self.some_member().is_some_and(|m| self.pause(m, 300 * MS)) {
+            self.stats.faults += 1;
+        }
+    }
+
+    /// Whether there was anything to do.
+    fn carry_out(&mut self, fault: Fault) -> bool {
         let now = self.now;
         match fault {
             Fault::Crash { member, power, down } => self.crash_for(member, power, down),
             Fault::CrashAll { power, down } => {
-                for m in 0..self.members.len() {
-                    self.crash_for(m, power, down);
-                }
+                let crashed: Vec<bool> = (0..self.members.len()).map(|m| self.crash_for(m, power, down)).collect();
+                crashed.contains(&true)
             }
-            Fault::Pause { member, for_ } => self.members[member].paused_until = now + for_,
-            Fault::Cut { links, for_ } => self.cut(&links, now + for_),
-            Fault::Lossy { loss, for_ } => self.set_loss(loss, now + for_),
-            Fault::SlowDisk { member, each, for_ } => self.members[member].slow = (each, now + for_),
-            Fault::SlowApply { member, each, for_ } => self.members[member].slow_apply = (each, now + for_),
+            Fault::Pause { member, for_ } => self.pause(member, for_),
+            Fault::Cut { links, for_ } => {
+                self.cut(&links, now + for_);
+                !links.is_empty()
+            }
+            Fault::Lossy { loss, for_ } => {
+                self.loss = (loss, now + for_);
+                true
+            }
+            Fault::SlowDisk { member, each, for_ } => {
+                self.members[member].slow = (each, now + for_);
+                true
+            }
+            Fault::SlowApply { member, each, for_ } => {
+                self.members[member].slow_apply = (each, now + for_);
+                true
+            }
             Fault::DiskError { member, sync } => {
                 let kind = if sync { DiskFault::Sync } else { DiskFault::Write };
                 self.members[member].disk.fail(kind, 1);
+                true
             }
             Fault::DiskFull { member, for_ } => {
                 let room = self.rng.random_range(0..3_000);
                 self.members[member].disk.set_room(Some(room));
                 self.members[member].full_until = now + for_;
                 self.after(for_, Event::RoomAgain(member));
+                true
             }
-            Fault::FlipLog { member, place, down } if self.may_lose(member) => {
+            Fault::FlipLog { member, place, down } => {
+                if !self.may_lose(member) || !self.is_up(member) {
+                    return false;
+                }
                 self.crash_for(member, true, down);
                 if flip(&self.members[member].disk, place) {
                     self.members[member].may_refuse = true;
                     self.mark("a bit of the log flipped");
                 }
+                true
             }
-            Fault::LoseSyncs { member, down } if self.may_lose(member) && self.is_up(member) => {
+            Fault::LoseSyncs { member, down } => {
+                if !self.may_lose(member) || !self.is_up(member) {
+                    return false;
+                }
                 let last = self.process(member).raft.reading().last_index;
                 self.crash_for(member, true, down);
                 if lose_syncs(&mut self.members[member]) {
@@ -64,32 +92,50 @@ impl World {
                     self.members[member].may_refuse = true;
                     self.mark("a log lost what was synced");
                 }
+                true
             }
-            Fault::FlipLog { .. } | Fault::LoseSyncs { .. } => {}
             Fault::Transfer { to } => {
                 let id = self.members[to].id;
-                for m in 0..self.members.len() {
-                    if self.is_up(m) && self.process(m).raft.reading().is_leader && self.members[m].paused_until <= now
-                    {
-                        self.process(m).raft.transfer(id);
-                        self.turn(m);
-                        self.mark("leadership handed over");
-                    }
+                let leads =
+                    |world: &mut World, m: usize| world.is_awake(m) && world.process(m).raft.reading().is_leader;
+                let leaders: Vec<usize> = (0..self.members.len()).filter(|m| leads(self, *m)).collect();
+                for m in &leaders {
+                    self.process(*m).raft.transfer(id);
+                    self.turn(*m);
+                    self.mark("leadership handed over");
                 }
+                !leaders.is_empty()
             }
-            Fault::Defragment { member } => self.clean_all(member),
+            Fault::Defragment { member } => {
+                let is_cleaning = self.is_up(member) && self.process(member).core.is_cleaning();
+                self.clean_all(member);
+                is_cleaning
+            }
             Fault::AddLearner => self.add_member(),
             Fault::Promote => self.promote(),
             Fault::Remove { member } => self.remove(member),
-            Fault::Clock { member, ahead_ms } => self.members[member].clock_ms += ahead_ms,
+            Fault::Clock { member, ahead_ms } => {
+                self.members[member].clock_ms += ahead_ms;
+                true
+            }
         }
     }
 
-    fn crash_for(&mut self, m: usize, power: bool, down: u64) {
+    fn pause(&mut self, m: usize, for_: u64) -> bool {
         if self.is_up(m) {
+            let until = self.now + for_;
+            self.members[m].paused_until = self.members[m].paused_until.max(until);
+        }
+        self.is_up(m)
+    }
+
+    fn crash_for(&mut self, m: usize, power: bool, down: u64) -> bool {
+        let was_up = self.is_up(m);
+        if was_up {
             self.crash(m, power);
             self.restart_after(m, down);
         }
+        was_up
     }
 
     /// A cluster goes on without a member's data only if all others have theirs.
@@ -116,10 +162,10 @@ impl World {
     }
 
     /// A new member, first as a learner. It starts before or after the others know of it.
-    fn add_member(&mut self) {
-        let Some(members) = self.membership() else { return };
+    fn add_member(&mut self) -> bool {
+        let Some(members) = self.membership() else { return false };
         if members.iter().count() >= 6 || members.iter().any(|member| member.is_learner) {
-            return;
+            return false;
         }
         self.next_member += 1;
         let id = self.next_member << 32 | self.next_member;
@@ -129,36 +175,40 @@ impl World {
         let delay = self.draw((10 * MS, 2 * SECOND));
         self.restart_after(m, delay);
         self.mark("learner added");
+        true
     }
 
     /// A learner that has come far enough becomes a voter.
-    fn promote(&mut self) {
-        let Some(members) = self.membership() else { return };
+    fn promote(&mut self) -> bool {
+        let Some(members) = self.membership() else { return false };
         let executed = self.truth.executed;
         for member in members.iter().filter(|member| member.is_learner) {
             let Some(m) = self.index_of(member.id) else { continue };
             if self.is_up(m) && self.process(m).applied * 10 >= executed * 9 {
                 self.change(Change::Promote(member.id));
                 self.mark("learner promoted");
-                return;
+                return true;
             }
         }
+        false
     }
 
     /// As the strict check has it: not if those who remain and are there are too few.
-    fn remove(&mut self, m: usize) {
-        let Some(members) = self.membership() else { return };
+    fn remove(&mut self, m: usize) -> bool {
+        let Some(members) = self.membership() else { return false };
         let id = self.members[m].id;
         let voters = members.iter().filter(|member| !member.is_learner);
         let others: Vec<u64> = voters.map(|member| member.id).filter(|other| *other != id).collect();
         let there = others.iter().filter(|id| self.index_of(**id).is_some_and(|m| self.is_up(m))).count();
         // A cluster that is about to lose a member's data has none to give away.
         let is_whole = self.members.iter().all(|member| !member.may_refuse);
-        if is_whole && members.get(id).is_some() && others.len() >= 2 && there > others.len() / 2 {
+        let may = is_whole && members.get(id).is_some() && others.len() >= 2 && there > others.len() / 2;
+        if may {
             self.is_smaller = true;
             self.change(Change::Remove(id));
             self.mark("member removed");
         }
+        may
     }
 
     /// A member whose data is lost leaves for good; a new one comes in its place.

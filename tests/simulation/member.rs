@@ -8,6 +8,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use actd::{
@@ -31,7 +32,7 @@ use bytes::Bytes;
 use tokio::sync::oneshot;
 
 use super::{
-    plan::{Config, ELECTION, ELECTION_TICKS, MS, REQUEST_TIMEOUT},
+    plan::{Config, ELECTION, ELECTION_TICKS, MS, REQUEST_TIMEOUT, TICK},
     world::OpId,
 };
 
@@ -221,7 +222,8 @@ impl Member {
             expirer: Expirer::new(ELECTION / MS, REQUEST_TIMEOUT / MS, false),
             lease_term: None,
             revocations: Vec::new(),
-            last_tick: now,
+            status: raft::Status::new(Duration::from_micros(TICK)),
+            confirmed_pauses: 0,
             waiters: Vec::new(),
             readers: Vec::new(),
             renewals: Vec::new(),
@@ -297,8 +299,8 @@ pub struct Waiter {
 
 pub struct Renewal {
     pub op: OpId,
-    /// Leadership is to be confirmed first (L-11).
-    pub confirm: bool,
+    /// Leadership is being confirmed first: the term, the pauses so far, and what will be answered.
+    pub confirming: Option<(u64, Option<u64>, i64)>,
     pub deadline: u64,
 }
 
@@ -326,7 +328,9 @@ pub struct Process {
     pub lease_term: Option<u64>,
     /// Revocations the expirer has proposed.
     pub revocations: Vec<(i64, oneshot::Receiver<Outcome>)>,
-    pub last_tick: u64,
+    pub status: raft::Status,
+    /// After so many pauses its leadership was confirmed (L-11).
+    pub confirmed_pauses: u64,
     pub waiters: Vec<Waiter>,
     /// Linearizable reads that wait for an index.
     pub readers: Vec<(u64, OpId)>,

@@ -16,7 +16,7 @@ use prost::Message as _;
 use super::{
     client::Kind,
     member::{Renewal, Waiter},
-    plan::{LATE, MS, REQUEST_TIMEOUT, SECOND, TICK},
+    plan::{LATE, MS, REQUEST_TIMEOUT, SECOND},
     world::{Answer, Event, OpId, World},
 };
 
@@ -109,29 +109,31 @@ impl World {
         let (now, instant) = (self.now, self.instant());
         let process = self.process(m);
         if !process.renewals.iter().any(|renewal| renewal.op == op) {
-            process.renewals.push(Renewal { op, confirm: true, deadline: now + REQUEST_TIMEOUT });
+            process.renewals.push(Renewal { op, confirming: None, deadline: now + REQUEST_TIMEOUT });
         }
         let at = process.renewals.iter().position(|renewal| renewal.op == op).expect("just looked");
         let raft = process.raft.reading();
         let mut answer = None;
         if raft.is_leader {
-            let stood_still = now - process.last_tick >= 3 * TICK;
-            if !raft.is_alone && stood_still && process.renewals[at].confirm {
-                // A process that stood still may have been replaced without knowing it (L-11).
-                process.renewals[at].confirm = false;
-                let (reply, receiver) = Reply::new(0);
-                let permit = process.gate.try_enter(1).expect("few read at once");
-                let deadline = instant + Duration::from_micros(REQUEST_TIMEOUT);
-                process.raft.read(ReadRequest { reply, deadline, permit });
-                process.waiters.push(Waiter { answer: receiver, op });
-                return;
-            }
-            if process.waiters.iter().any(|waiter| waiter.op == op) {
+            if process.renewals[at].confirming.is_some() {
                 return;
             }
             let alive = process.view.load().leases.contains(lease);
             match process.expirer.on_renew(lease, now.div_ceil(MS)) {
-                Renewed::Renewed { ttl, .. } => answer = Some(if alive { ttl } else { 0 }),
+                Renewed::Renewed { ttl, .. } => {
+                    let pauses = process.status.pauses(instant);
+                    if !raft.is_alone && pauses != Some(process.confirmed_pauses) {
+                        // A process that stood still may have been replaced without knowing it (L-11).
+                        process.renewals[at].confirming = Some((raft.term, pauses, ttl));
+                        let (reply, receiver) = Reply::new(0);
+                        let permit = process.gate.try_enter(1).expect("few read at once");
+                        let deadline = instant + Duration::from_micros(REQUEST_TIMEOUT);
+                        process.raft.read(ReadRequest { reply, deadline, permit });
+                        process.waiters.push(Waiter { answer: receiver, op });
+                        return self.mark("leadership confirmed after a pause");
+                    }
+                    answer = Some(if alive { ttl } else { 0 });
+                }
                 Renewed::Expired | Renewed::Unknown if !alive => answer = Some(0),
                 _ => {}
             }
@@ -154,6 +156,22 @@ impl World {
             process.renewals.remove(at);
             self.respond(op, Answer::Renewed(Err(Error::Timeout)));
         }
+    }
+
+    /// A round says that somebody led when it began; this member if it still does.
+    fn confirmed(&mut self, m: usize, op: OpId) {
+        let Kind::Renew(lease) = self.ops[op].kind else { return };
+        let process = self.process(m);
+        let Some(at) = process.renewals.iter().position(|renewal| renewal.op == op) else { return };
+        let Some((term, pauses, ttl)) = process.renewals[at].confirming.take() else { return };
+        let raft = process.raft.reading();
+        if !raft.is_leader || raft.term != term {
+            return;
+        }
+        process.confirmed_pauses = pauses.unwrap_or(process.confirmed_pauses);
+        process.renewals.remove(at);
+        let ttl = if process.view.load().leases.contains(lease) { ttl } else { 0 };
+        self.respond(op, Answer::Renewed(Ok(ttl)));
     }
 
     // Requests
@@ -302,7 +320,7 @@ impl World {
         for (_, op) in due {
             match self.ops[op].kind.clone() {
                 Kind::Read(req) => self.read(m, op, &req),
-                _ => self.renew(m, op),
+                _ => self.confirmed(m, op),
             }
         }
     }

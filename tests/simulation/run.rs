@@ -15,6 +15,16 @@ use super::{
     world::World,
 };
 
+/// Simulated time, calls and faults.
+#[derive(Clone, Copy, Debug)]
+pub struct Least(pub u64, pub u64, pub u64);
+
+impl Default for Least {
+    fn default() -> Self {
+        Self(u64::MAX, u64::MAX, u64::MAX)
+    }
+}
+
 /// Totals of one run or many.
 #[derive(Clone, Debug, Default)]
 pub struct Report {
@@ -26,6 +36,8 @@ pub struct Report {
     pub entries: u64,
     pub checks: u64,
     pub watched: u64,
+    /// Of the run that had the least of each.
+    pub least: Least,
     pub marks: BTreeMap<&'static str, u64>,
     /// Of the last run.
     pub digest: u64,
@@ -41,6 +53,8 @@ impl Report {
         self.entries += other.entries;
         self.checks += other.checks;
         self.watched += other.watched;
+        let (a, b) = (self.least, other.least);
+        self.least = Least(a.0.min(b.0), a.1.min(b.1), a.2.min(b.2));
         for (branch, count) in &other.marks {
             *self.marks.entry(branch).or_default() += count;
         }
@@ -105,6 +119,9 @@ pub fn quiet() {
     });
 }
 
+/// Clients go on until there were so many calls.
+const LEAST_CALLS: u64 = 300;
+
 /// How long the cluster may take to heal when faults are over, and leases to run out.
 const HEAL: u64 = 40 * SECOND;
 
@@ -138,7 +155,8 @@ fn attempt(plan: &Plan, bug: Option<Bug>, verbose: bool) -> Result<Report, Failu
         faults: world.stats.faults,
         entries: world.truth.executed,
         checks: world.truth.checked,
-        watched: world.watchers.iter().map(|watcher| watcher.counts.events).sum(),
+        watched: world.watchers.iter().map(|watcher| watcher.events).sum(),
+        least: Least(world.now, world.stats.calls, world.stats.faults),
         marks,
         digest: world.digest(),
     })
@@ -153,24 +171,25 @@ fn live(world: &mut World) {
     world.say(|| "CALM: no more faults".to_owned());
     for m in 0..world.members.len() {
         world.members[m].disk.set_room(None);
-        world.members[m].paused_until = 0;
         if !world.is_up(m) && world.members[m].restart_at.is_none() {
             world.restart_after(m, 0);
         }
     }
-    let end = world.now + HEAL;
     world.run(world.now + 2 * SECOND, |_| false);
+    let busy = |world: &World| world.stats.calls >= LEAST_CALLS;
+    assert!(world.run(world.now + HEAL, busy), "clients do not get on: {}", world.describe());
+    let end = world.now + HEAL;
     world.is_closing = true;
     assert!(world.run(end, World::is_idle), "calls do not end: {}", world.describe());
     assert!(world.run(end, World::is_healed), "the cluster does not heal: {}", world.describe());
     let leases = |world: &World| world.is_healed() && world.truth.model.leases.is_empty();
     assert!(world.run(end, leases), "leases do not run out: {:?}", world.truth.model.leases);
     // Watchers take what is left, and come to life where they were cut off.
-    let done = |world: &World| world.watchers.iter().all(|watcher| watcher.is_done(&world.truth.model));
-    world.run(world.now + HEAL, done);
     world.run((world.now + SECOND).max(20 * SECOND), |_| false);
-    // A member that was replaced late may still be on its way.
-    assert!(world.run(world.now + HEAL, World::is_healed), "the cluster does not stay healed: {}", world.describe());
+    let done = |world: &World| world.watchers.iter().all(|watcher| watcher.is_done(&world.truth.model));
+    world.run(world.now + HEAL, |world| world.is_healed() && done(world));
+    // A member that was replaced late may still have been on its way.
+    assert!(world.is_healed(), "the cluster does not stay healed: {}", world.describe());
     world.finish();
 }
 

@@ -8,6 +8,7 @@ use actd::{
     mvcc::record::KeyValue,
     pb::etcdserverpb::watch_request::RequestUnion,
     pb::etcdserverpb::{WatchCancelRequest, WatchCreateRequest, WatchProgressRequest, WatchRequest, WatchResponse},
+    sim,
     watch::StreamId,
 };
 use bytes::Bytes;
@@ -30,15 +31,8 @@ pub struct Watcher {
     pub requests: VecDeque<WatchRequest>,
     asked: usize,
     answered: usize,
-    pub counts: Counts,
-}
-
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Counts {
+    /// Events so far.
     pub events: u64,
-    pub progress: u64,
-    pub compacted: u64,
-    pub resumed: u64,
 }
 
 struct Watch {
@@ -75,7 +69,7 @@ impl Watcher {
             requests: VecDeque::new(),
             asked: 0,
             answered: 0,
-            counts: Counts::default(),
+            events: 0,
         }
     }
 
@@ -98,7 +92,7 @@ impl Watcher {
         {
             let watch = &mut self.watches[at];
             let start_revision = if watch.next > 0 {
-                self.counts.resumed += 1;
+                sim::mark("a watch resumed where it had ended");
                 watch.next
             } else {
                 match rng.random_range(0..4) {
@@ -160,7 +154,7 @@ impl Watcher {
             // It may go on from there, and so knows nothing of what was compacted.
             watch.next = response.compact_revision;
             watch.id = None;
-            self.counts.compacted += 1;
+            sim::mark("a watch was cancelled by a compaction");
         } else if response.canceled {
             assert_eq!(self.cancelling.pop_front(), Some(id), "a watch was cancelled that nobody cancelled");
             if let Some(at) = self.by_id.remove(&id) {
@@ -168,10 +162,10 @@ impl Watcher {
             }
         } else if !response.events.is_empty() {
             let watch = &mut self.watches[self.by_id[&id]];
-            self.counts.events += response.events.len() as u64;
+            self.events += response.events.len() as u64;
             watch.on_events(model, response, header.revision);
         } else {
-            self.counts.progress += 1;
+            sim::mark("progress reported");
             if id == -1 {
                 self.answered += 1;
                 assert!(self.answered <= self.asked, "a report that nobody asked for");

@@ -79,7 +79,7 @@ impl World {
             )
         });
         self.watchers[w].on_response(&self.truth.model, &response);
-        if self.is_up(m) && self.members[m].paused_until <= self.now {
+        if self.is_awake(m) {
             let process = self.process(m);
             let mut out = Vec::new();
             process.hub.on_taken(stream, bytes, &mut out);
@@ -101,7 +101,7 @@ impl World {
             None => {
                 let m = self.rng.random_range(0..self.members.len());
                 let now_ms = self.now / MS;
-                if self.is_up(m) && self.members[m].paused_until <= self.now {
+                if self.is_awake(m) {
                     let epoch = self.members[m].epoch;
                     let process = self.process(m);
                     let mut out = Vec::new();
@@ -123,7 +123,7 @@ impl World {
                 let id = self.members[m].id;
                 let is_outside = self.membership().is_none_or(|members| members.get(id).is_none());
                 let bored = if self.is_closing { is_outside } else { self.rng.random_bool(0.05) };
-                if is_there && bored && self.members[m].paused_until <= self.now {
+                if is_there && bored && self.is_awake(m) {
                     // It goes elsewhere, and on from where it was.
                     let process = self.process(m);
                     process.hub.close_stream(stream);

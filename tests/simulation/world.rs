@@ -360,6 +360,11 @@ impl World {
         self.members[m].process.is_some()
     }
 
+    /// Up, and not standing still.
+    pub fn is_awake(&self, m: usize) -> bool {
+        self.is_up(m) && self.members[m].paused_until <= self.now
+    }
+
     pub fn index_of(&self, id: u64) -> Option<usize> {
         self.members.iter().position(|member| member.id == id)
     }
@@ -487,10 +492,6 @@ impl World {
         self.plan.config.snapshot_loss = 0.0;
     }
 
-    pub fn set_loss(&mut self, loss: f64, until: u64) {
-        self.loss = (loss, until);
-    }
-
     pub fn send(&mut self, from: usize, message: raftpb::Message) {
         let (kind, to) = (message.r#type(), message.to());
         let Some(to) = self.index_of(to) else { return };
@@ -544,6 +545,9 @@ impl World {
                     format!("m{from} → m{m} {kind:?} term {term} index {index} entries {entries} commit {commit} reject {reject}")
                 });
             }
+        }
+        if message.r#type() == MessageType::MsgAppResp && message.reject() {
+            self.mark("an append was rejected, and is sent again");
         }
         if let Err(reason) = self.process(m).raft.step(message) {
             assert!(self.members[m].may_refuse, "members send what members take: {reason}");
@@ -641,9 +645,8 @@ impl World {
 
     pub fn tick(&mut self, m: usize, epoch: u64) {
         let instant = self.instant();
-        let now = self.now;
         let process = self.process(m);
-        process.last_tick = now;
+        process.status.ticked(instant);
         process.raft.tick(instant);
         self.after(TICK, Event::Tick(m, epoch));
         self.turn(m);
