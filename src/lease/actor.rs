@@ -62,7 +62,6 @@ pub enum Control {
     Demoted,
     /// Look at the deadlines.
     Tick,
-    /// A revocation was refused for another reason than that the lease is gone: it is tried again later.
     Stop,
 }
 
@@ -204,7 +203,7 @@ impl<P: Proposer> Actor for LeaseActor<P> {
 
 #[cfg(test)]
 mod tests {
-    use std::{sync::atomic::AtomicU64, time::Duration};
+    use std::{cell::RefCell, rc::Rc, sync::atomic::AtomicU64, time::Duration};
 
     use super::*;
     use crate::{lease::Leases, storage::WriteBatch};
@@ -243,5 +242,21 @@ mod tests {
         drop(renew(&mut actor));
         actor.on_control(Control::Tick, &turn(67_000));
         assert!(actor.waiting.is_empty());
+    }
+    #[test]
+    fn a_lease_granted_before_leadership_is_heard_of_has_a_deadline() {
+        // H-38: its notice came while this member did not lead.
+        let leases = Rc::new(RefCell::new(Leases::new(1)));
+        let seen = leases.clone();
+        let view = Box::new(move || seen.borrow().set().clone());
+        let start = Instant::now();
+        let mut actor = LeaseActor::new(Expirer::new(100, 7_000, false), Refused, view, Arc::new(AtomicU64::new(0)));
+        leases.borrow_mut().grant(7, 60, &mut WriteBatch::default()).expect("a lease");
+        let turn = Turn { now: start + Duration::from_secs(1) };
+        actor.on_control(Control::Notices(vec![LeaseNotice::Granted { id: 7, ttl: 60 }]), &turn);
+        actor.on_control(Control::Leader { term: 2 }, &turn);
+        let (answer, mut renewed) = oneshot::channel();
+        actor.on_message(Ask::Renew { id: 7, answer }, &turn);
+        assert_eq!(renewed.try_recv(), Ok(Renewed::Ttl { ttl: 60, clear_checkpoint: false }));
     }
 }

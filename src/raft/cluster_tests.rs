@@ -37,6 +37,8 @@ struct Cluster {
     network: Vec<raftpb::Message>,
     /// From, to: nothing arrives.
     cut: BTreeSet<(u64, u64)>,
+    /// A snapshot is on its way for ever.
+    loses_snapshots: bool,
     gate: Gate,
     now: Instant,
     ids: u64,
@@ -65,6 +67,7 @@ impl Cluster {
             nodes: voters.iter().map(|id| (*id, node(*id, &voters))).collect(),
             network: Vec::new(),
             cut: BTreeSet::new(),
+            loses_snapshots: false,
             gate: Gate::new("test", 100_000, 1 << 30),
             now: Instant::now(),
             ids: 0,
@@ -203,6 +206,9 @@ impl Cluster {
             return;
         }
         if message.r#type() == raftpb::MessageType::MsgSnap {
+            if self.loses_snapshots {
+                return;
+            }
             // The database is made when it is sent, and so it may be newer than asked for.
             let leader = &self.nodes[&from];
             let newest = leader.applied_index;
@@ -487,6 +493,35 @@ fn follower_far_behind_gets_a_snapshot_and_goes_on() {
     cluster.ticks(2);
     assert_eq!(cluster.outcome(id), Some(Ok(Response::Done)));
     cluster.agree();
+}
+
+#[test]
+fn the_log_is_kept_for_no_member_that_was_removed() {
+    let (mut cluster, leader) = Cluster::led(3);
+    let follower = other(&cluster, leader);
+    cluster.isolate(follower);
+    for i in 0..20 {
+        cluster.propose(leader, &format!("k{i}"));
+        cluster.settle();
+    }
+    let applied = cluster.nodes[&leader].applied_index;
+    let record = cluster.node(leader).core.checkpoint(applied).unwrap();
+    cluster.node(leader).core.compact(record.index());
+    cluster.cut.clear();
+    cluster.loses_snapshots = true;
+    cluster.ticks(3);
+    for i in 0..20 {
+        cluster.propose(leader, &format!("l{i}"));
+        cluster.settle();
+    }
+    let newest = cluster.nodes[&leader].applied_index;
+    let kept = cluster.nodes[&leader].core.checkpoint(newest).map_or(0, |record| record.index());
+    assert!(kept <= applied, "what follows the snapshot is kept: {kept}");
+    cluster.change(leader, &Change::Remove(follower));
+    cluster.ticks(3);
+    let newest = cluster.nodes[&leader].applied_index;
+    let kept = cluster.nodes[&leader].core.checkpoint(newest).map_or(0, |record| record.index());
+    assert!(kept > applied, "kept from {kept} of {newest}");
 }
 
 #[test]

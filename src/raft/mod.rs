@@ -6,7 +6,8 @@
 //! Inbox: proposals and reads from RPC handlers, messages of other members. Each holds a permit of a gate, so the lane
 //! cannot overflow; what waits longer than its deadline is told so at a tick. Control lane, drained first: ticks, what
 //! the WAL made durable, membership changes apply has recorded, checkpoints, news of the connections.
-//! Towards `wal` and `apply` it never waits: without room there it takes no new Ready, so batches grow by themselves.
+//! Towards `wal` and `apply` it never waits. Without room at `wal` it takes no new Ready, so batches grow by themselves;
+//! without room at `apply` committed entries stay here, and proposals wait.
 //! A panic here ends the process.
 //!
 //! Invariants:

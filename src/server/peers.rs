@@ -241,3 +241,23 @@ pub fn install(
     }
     Ok(core)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::server::versions::tests::alone;
+
+    #[test]
+    fn a_snapshot_without_its_database_is_not_taken() {
+        // Raft would put its index in force, and the store would not have what it stands for.
+        let dir = tempfile::tempdir().unwrap();
+        let (server, inbox) = alone(dir.path());
+        let to_raft = ToRaft::new(Arc::new(server), Gate::new("peers", 10, 1 << 20));
+        let message = |kind: MessageType| Message { r#type: Some(kind as i32), from: Some(2), ..Message::default() };
+        to_raft.message(message(MessageType::MsgSnap));
+        assert!(inbox.try_recv().is_none());
+        assert_eq!(to_raft.server.raft_status.messages_refused.load(Ordering::Relaxed), 1);
+        to_raft.message(message(MessageType::MsgHeartbeat));
+        assert!(matches!(inbox.try_recv(), Some(Input::Step(..))));
+    }
+}
