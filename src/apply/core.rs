@@ -394,7 +394,8 @@ impl Core {
         let (mut batch, changes) = self.store.take_batch();
         batch.writes.append(&mut self.batch.writes);
         let moved = self.applied_index != self.stored_applied;
-        if !moved && batch.is_empty() && self.effects.conf_changed.is_none() && !self.news {
+        let owes = self.effects.conf_changed.is_some() || !self.effects.answers.is_empty();
+        if !moved && batch.is_empty() && !owes && !self.news {
             return Ok(None);
         }
         if sim::has(Bug::AppliedIndexBeforeData) && moved {

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use prost::Message;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 
-use super::{APPLIED_INDEX_KEY, Committed, Core, Error, Response, Settings, read_number};
+use super::{APPLIED_INDEX_KEY, Committed, Core, Error, Reply, Response, Settings, Ticket, read_number};
 use crate::{
     cluster::Version,
     pb::etcdserverpb::{
@@ -276,4 +276,24 @@ fn unknown_alarm_action_is_an_error() {
     assert!(matches!(effects.answers[0].1, Err(Error::AlarmAction(9))));
     assert_eq!(gate.usage(), (0, 1), "the permit is back");
     assert!(!matches!(effects.answers[0].1, Ok(Response::Done)));
+}
+
+#[test]
+fn callers_whose_entries_a_snapshot_covers_are_told_though_nothing_is_stored() {
+    let storage = Arc::new(MemStorage::new());
+    let mut core = open(&storage);
+    core.apply(entry(1, &put("a", 0)));
+    core.commit().unwrap();
+    let gate = crate::actor::Gate::new("test", 1, 1);
+    let (reply, _answer) = Reply::new(0);
+    let ticket = Ticket {
+        request: Box::new(put("a", 0)),
+        reply,
+        deadline: std::time::Instant::now(),
+        permit: gate.try_enter(1).unwrap(),
+    };
+    core.apply(Committed { ticket: Some(ticket), ..entry(1, &put("a", 0)) });
+    let effects = core.commit().unwrap().expect("somebody waits");
+    assert!(matches!(effects.answers[..], [(_, Err(Error::Timeout))]));
+    assert!(core.commit().unwrap().is_none());
 }
