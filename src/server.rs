@@ -135,7 +135,7 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
     let mut ports = Vec::new();
     let mut parts = Vec::new();
     for deliveries in deliveries {
-        let (port, client, ends) = watch::connect(hub_config.stream_budget_bytes);
+        let (port, client, ends) = watch::connect(hub_config.stream_budget_bytes, watch::PUBLISHED_MAX);
         ports.push(port);
         parts.push(runtime::Parts { deliveries, watch: client, hub: ends, hub_config: hub_config.clone() });
     }
@@ -175,6 +175,7 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
             election_timeout: Duration::from_millis(config.election_timeout_ms),
             slow_request: config.slow_unary_request(),
             profiles: config.enable_pprof || config.log_level == "debug",
+            fast_lease_keep_alive: config.feature_gates.enabled("FastLeaseKeepAlive"),
             features: config.feature_gates.states().map(|(gate, open)| (gate.name, gate.stage.name(), open)).collect(),
         },
         view: view.clone(),
@@ -359,7 +360,7 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
     let (for_actor, newest) = (next_deadline.clone(), view.clone());
     shell::spawn(&arbiter, lease_rx, vital, move || {
         let leases = Box::new(move || newest.load().leases.clone());
-        lease::actor::LeaseActor::new(expirer, proposer, leases, for_actor)
+        lease::actor::LeaseActor::new(expirer, proposer, leases, for_actor, Instant::now())
     });
     tasks.push(tokio::spawn(lessor::follow_leadership(server.clone())));
     tasks.push(tokio::spawn(lessor::tick(server.clone(), next_deadline)));

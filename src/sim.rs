@@ -74,6 +74,15 @@ impl Bug {
     ];
 }
 
+/// What hash maps of cores hash with: in a simulation their order is the same in every run; elsewhere nobody foresees it.
+#[cfg(feature = "sim")]
+type Hasher = std::hash::BuildHasherDefault<std::hash::DefaultHasher>;
+#[cfg(not(feature = "sim"))]
+type Hasher = std::hash::RandomState;
+
+pub type HashMap<K, V> = std::collections::HashMap<K, V, Hasher>;
+pub type HashSet<T> = std::collections::HashSet<T, Hasher>;
+
 #[cfg(feature = "sim")]
 mod switches {
     use std::{

@@ -81,7 +81,7 @@ impl<A: Actor> Handler<Nudge> for Shell<A> {
         let _guard = OnPanic { name: self.inbox.stats.name, vital: self.vital };
         // Before looking at the lanes: a message pushed from now on brings its own nudge.
         self.inbox.waker.scheduled.store(false, Ordering::Release);
-        match self.turn() {
+        match self.turn(Instant::now()) {
             Next::Stop => ctx.stop(),
             Next::Again => {
                 if !self.inbox.waker.scheduled.swap(true, Ordering::AcqRel) {
@@ -100,9 +100,8 @@ enum Next {
 }
 
 impl<A: Actor> Shell<A> {
-    fn turn(&mut self) -> Next {
+    fn turn(&mut self, now: Instant) -> Next {
         let stats = self.inbox.stats.clone();
-        let now = Instant::now();
         let turn = Turn { now };
         stats.turn_begins(now);
 
@@ -144,6 +143,33 @@ impl<A: Actor> Shell<A> {
             Flow::Stop => Next::Stop,
             Flow::Continue if more || self.core.has_work() => Next::Again,
             Flow::Continue => Next::Wait,
+        }
+    }
+}
+
+/// An actor without a thread: its owner says when it takes a turn, and what time it is. For simulations and tests.
+pub struct Stepped<A: Actor>(Shell<A>);
+
+impl<A: Actor> Stepped<A> {
+    pub fn new(inbox: Inbox<A::Message, A::Control>, core: A) -> Self {
+        Self(Shell { inbox, core, vital: false })
+    }
+
+    pub fn core(&self) -> &A {
+        &self.0.core
+    }
+
+    /// True if a turn would find something to do.
+    pub fn is_due(&self) -> bool {
+        let Shell { inbox, core, .. } = &self.0;
+        !inbox.control.is_empty() || !inbox.data.is_empty() || core.has_work()
+    }
+
+    /// One turn, as on an arbiter.
+    pub fn turn(&mut self, now: Instant) -> Flow {
+        match self.0.turn(now) {
+            Next::Stop => Flow::Stop,
+            Next::Again | Next::Wait => Flow::Continue,
         }
     }
 }

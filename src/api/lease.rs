@@ -1,7 +1,7 @@
 //! The Lease service.
 
 use std::pin::Pin;
-use std::sync::atomic::Ordering;
+use std::sync::{Arc, atomic::Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
@@ -10,7 +10,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::{Handle, Server, kv::OTHER_KIND, status};
 use crate::{
-    apply::{self, Error},
+    apply::{self, Error, View},
     lease::actor::{Ask, Renewed},
     pb::etcdserverpb::{
         InternalRaftRequest, LeaseCheckpoint, LeaseCheckpointRequest, LeaseGrantRequest, LeaseGrantResponse,
@@ -26,6 +26,8 @@ const GRANT_COST: u64 = 64;
 const APPLY_WAIT: Duration = Duration::from_secs(1);
 /// Between two tries of a renewal that met a member without leadership.
 const RETRY: Duration = Duration::from_millis(50);
+/// Between two questions to the expirer about a lease that has just been granted.
+const RETRY_REMAINING: Duration = Duration::from_millis(5);
 
 /// What became of one try to renew a lease on this member.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,17 +44,23 @@ pub enum Renewal {
 impl Server {
     /// Renews a lease, if this member leads.
     pub async fn renew(&self, id: i64, runtime: usize) -> Result<Renewal, Error> {
+        // What another member has acknowledged must be known here (H-38, H-41). An applier that is late for long keeps
+        // nobody from renewing a lease that is known.
+        let applied = if self.raft_status.read().is_leader { self.applied().await } else { Ok(()) };
+        if !self.settings.fast_lease_keep_alive {
+            applied.clone()?;
+        }
         let (answer, renewed) = oneshot::channel();
         let renewed = match self.leases.try_send(Ask::Renew { id, answer }) {
             Ok(()) => renewed.await.ok(),
             Err(_) => None,
         };
+        // After the renewal, so that no pause comes between the two unseen.
+        if !matches!(renewed, Some(Renewed::NotLeader) | None) && !self.confirm_leadership(runtime).await? {
+            return Ok(Renewal::Later);
+        }
         Ok(match renewed {
             Some(Renewed::Ttl { ttl, clear_checkpoint }) => {
-                // After the renewal, so that no pause comes between the two unseen.
-                if !self.confirm_leadership(runtime).await? {
-                    return Ok(Renewal::Later);
-                }
                 if clear_checkpoint {
                     let checkpoints = vec![LeaseCheckpoint { id, remaining_ttl: 0 }];
                     let lease_checkpoint = Some(LeaseCheckpointRequest { checkpoints });
@@ -64,10 +72,46 @@ impl Server {
                 if self.view.load().leases.contains(id) { Renewal::Ttl(ttl) } else { Renewal::Gone }
             }
             Some(Renewed::Gone) => Renewal::Gone,
-            Some(Renewed::Unknown) if !self.view.load().leases.contains(id) => Renewal::Gone,
+            Some(Renewed::Unknown) if !self.view.load().leases.contains(id) => applied.map(|()| Renewal::Gone)?,
             Some(Renewed::NotLeader) if !self.raft_status.read().is_leader => Renewal::NotLeader,
             Some(Renewed::Unknown | Renewed::NotLeader) | None => Renewal::Later,
         })
+    }
+
+    /// Waits until this member has applied what it knows to be committed.
+    pub async fn applied(&self) -> Result<(), Error> {
+        let commit = self.raft_status.read().commit;
+        if self.view.load().applied_index >= commit {
+            return Ok(());
+        }
+        let applied = self.view.until(|view| view.applied_index >= commit);
+        tokio::time::timeout(APPLY_WAIT, applied).await.map(drop).map_err(|_| Error::TimeoutAppliedIndex)
+    }
+
+    /// What a lease has left, if this member leads: a view, and in it the seconds left and those granted.
+    pub async fn time_left(&self, id: i64) -> Result<(Arc<View>, Option<(i64, i64)>), Error> {
+        self.applied().await?;
+        let deadline = Instant::now() + APPLY_WAIT;
+        loop {
+            if !self.raft_status.read().is_leader {
+                return Err(Error::NotPrimaryLessor);
+            }
+            let (answer, remaining) = oneshot::channel();
+            let remaining = match self.leases.try_send(Ask::Remaining { id, answer }) {
+                Ok(()) => remaining.await.ok().flatten(),
+                Err(_) => None,
+            };
+            let view = self.view.load_full();
+            let Some(granted) = view.leases.ttl(id) else { return Ok((view, None)) };
+            if let Some(ms) = remaining {
+                return Ok((view, Some((ms.div_euclid(1000), granted))));
+            }
+            // In the view, but its deadline is not set yet: just granted, or this member has just become leader.
+            if Instant::now() >= deadline {
+                return Err(Error::TimeoutAppliedIndex);
+            }
+            tokio::time::sleep(RETRY_REMAINING).await;
+        }
     }
 
     /// Whether this member leads. One that stood still may have been replaced without knowing it: it asks the others,
@@ -238,34 +282,18 @@ impl Lease for Handle {
         if !self.server.raft_status.read().is_leader {
             return Ok(Response::new(self.time_at_leader(req.id, req.keys).await?));
         }
-        let deadline = tokio::time::Instant::now() + APPLY_WAIT;
-        loop {
-            let (answer, remaining) = oneshot::channel();
-            let remaining = match self.server.leases.try_send(Ask::Remaining { id: req.id, answer }) {
-                Ok(()) => remaining.await.ok().flatten(),
-                Err(_) => None,
-            };
-            let view = self.server.view.load_full();
-            let header = Some(self.server.header_of(&view));
-            let Some(granted_ttl) = view.leases.ttl(req.id) else {
-                let response = LeaseTimeToLiveResponse { header, id: req.id, ttl: -1, ..Default::default() };
-                return Ok(Response::new(response));
-            };
-            if let Some(ms) = remaining {
-                let keys = if req.keys {
-                    view.leases.keys(req.id).map(bytes::Bytes::copy_from_slice).collect()
-                } else {
-                    Vec::new()
-                };
-                let ttl = ms.div_euclid(1000);
-                return Ok(Response::new(LeaseTimeToLiveResponse { header, id: req.id, ttl, granted_ttl, keys }));
-            }
-            // In the view, but its deadline is not set yet: just granted, or this member has just become leader.
-            if tokio::time::Instant::now() >= deadline {
-                return Err(Error::TimeoutAppliedIndex.into());
-            }
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
+        let (view, left) = self.server.time_left(req.id).await.map_err(|e| match e {
+            Error::NotPrimaryLessor => Error::LeaderChanged,
+            e => e,
+        })?;
+        let header = Some(self.server.header_of(&view));
+        let Some((ttl, granted_ttl)) = left else {
+            let response = LeaseTimeToLiveResponse { header, id: req.id, ttl: -1, ..Default::default() };
+            return Ok(Response::new(response));
+        };
+        let keys =
+            if req.keys { view.leases.keys(req.id).map(bytes::Bytes::copy_from_slice).collect() } else { Vec::new() };
+        Ok(Response::new(LeaseTimeToLiveResponse { header, id: req.id, ttl, granted_ttl, keys }))
     }
 
     async fn lease_leases(&self, _: Request<LeaseLeasesRequest>) -> Result<Response<LeaseLeasesResponse>, Status> {

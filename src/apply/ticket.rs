@@ -83,10 +83,19 @@ impl Deliveries {
     /// Runs in the runtime: hands each answer to who waits for it.
     pub async fn deliver(self) {
         while let Ok(answers) = self.0.recv_async().await {
-            for (slot, outcome) in answers {
-                let _ = slot.send(outcome);
-            }
+            hand_out(answers);
         }
+    }
+
+    /// Hands out what is there.
+    pub fn deliver_now(&self) {
+        self.0.try_iter().for_each(hand_out);
+    }
+}
+
+fn hand_out(answers: Answers) {
+    for (slot, outcome) in answers {
+        let _ = slot.send(outcome);
     }
 }
 

@@ -4,7 +4,6 @@
 //! questions for the remaining time from handlers; full means that the handler tries again. Ticks come from outside.
 //! A lease is renewed here first, then looked up in the current view by the handler (L-9, L-11, H-41).
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -15,6 +14,7 @@ use crate::{
     actor::{Actor, Message, Turn, shell::Flow},
     apply::LeaseNotice,
     pb::etcdserverpb::LeaseCheckpoint,
+    sim::HashMap,
 };
 
 #[derive(Debug)]
@@ -87,14 +87,15 @@ pub struct LeaseActor<P> {
 }
 
 impl<P: Proposer> LeaseActor<P> {
-    /// `next_at`: where the ticker reads when it must tick next, in ms since the actor's start; `u64::MAX`: never.
+    /// `next_at`: where the ticker reads when it must tick next, in ms since `start`; `u64::MAX`: never.
     pub fn new(
         expirer: Expirer,
         proposer: P,
         leases: Box<dyn Fn() -> LeaseSet>,
         next_at: Arc<std::sync::atomic::AtomicU64>,
+        start: Instant,
     ) -> Self {
-        Self { expirer, term: 0, proposer, leases, start: Instant::now(), waiting: HashMap::new(), next_at }
+        Self { expirer, term: 0, proposer, leases, start, waiting: HashMap::default(), next_at }
     }
 
     fn ms(&self, now: Instant) -> u64 {
@@ -203,7 +204,7 @@ impl<P: Proposer> Actor for LeaseActor<P> {
 
 #[cfg(test)]
 mod tests {
-    use std::{cell::RefCell, rc::Rc, sync::atomic::AtomicU64, time::Duration};
+    use std::{cell::RefCell, rc::Rc, time::Duration};
 
     use super::*;
     use crate::{lease::Leases, storage::WriteBatch};
@@ -222,7 +223,7 @@ mod tests {
         let mut leases = Leases::new(1);
         leases.grant(7, 1, &mut WriteBatch::default()).expect("a lease");
         let view = Box::new(move || leases.set().clone());
-        let mut actor = LeaseActor::new(Expirer::new(100, 7_000, false), Refused, view, Arc::new(AtomicU64::new(0)));
+        let mut actor = LeaseActor::new(Expirer::new(100, 7_000, false), Refused, view, Arc::default(), actor_start);
         let turn = |ms| Turn { now: actor_start + Duration::from_millis(ms) };
         actor.on_control(Control::Leader { term: 2 }, &turn(0));
         actor.on_turn_end(&turn(60_000));
@@ -250,7 +251,7 @@ mod tests {
         let seen = leases.clone();
         let view = Box::new(move || seen.borrow().set().clone());
         let start = Instant::now();
-        let mut actor = LeaseActor::new(Expirer::new(100, 7_000, false), Refused, view, Arc::new(AtomicU64::new(0)));
+        let mut actor = LeaseActor::new(Expirer::new(100, 7_000, false), Refused, view, Arc::default(), start);
         leases.borrow_mut().grant(7, 60, &mut WriteBatch::default()).expect("a lease");
         let turn = Turn { now: start + Duration::from_secs(1) };
         actor.on_control(Control::Notices(vec![LeaseNotice::Granted { id: 7, ttl: 60 }]), &turn);

@@ -1,6 +1,8 @@
 //! When to replicate how much time a long lease has left, so that a new leader goes on from there (off by default).
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::BTreeSet;
+
+use crate::sim::{HashMap, HashSet};
 
 /// A lease is checkpointed each time this has passed since its grant, renewal or last checkpoint.
 pub(super) const INTERVAL_MS: u64 = 300_000;

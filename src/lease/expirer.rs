@@ -10,7 +10,9 @@
 //! 2. `due` and `revoking` hold each lease exactly once between them, so renewals cost no memory.
 //! 3. At most `revoking_max` leases are in `revoking`.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
+
+use crate::sim::HashMap;
 
 use super::{LeaseSet, TTL_MAX, checkpoints::Checkpoints};
 use crate::pb::etcdserverpb::LeaseCheckpoint;
@@ -72,7 +74,7 @@ impl Expirer {
     pub fn new(election_timeout_ms: u64, request_timeout_ms: u64, checkpoints: bool) -> Self {
         Self {
             leading: false,
-            timers: HashMap::new(),
+            timers: HashMap::default(),
             due: BTreeSet::new(),
             revoking: BTreeSet::new(),
             revoking_max: REVOKING_MAX,
@@ -113,7 +115,7 @@ impl Expirer {
     /// No lease ends here until this member leads again.
     pub fn on_demoted(&mut self) {
         self.leading = false;
-        self.timers = HashMap::new();
+        self.timers = HashMap::default();
         self.due.clear();
         self.revoking.clear();
         self.checkpoints.clear();

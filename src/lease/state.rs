@@ -1,6 +1,6 @@
 //! The replicated lease state. Apply owns it; the same entries make the same state on every member.
 
-use std::{collections::HashMap, sync::Arc};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use prost::Message;
@@ -8,6 +8,7 @@ use prost::Message;
 use super::{LeaseSet, TTL_MAX};
 use crate::{
     pb::leasepb,
+    sim::HashMap,
     storage::{self, Bucket, Storage, WriteBatch},
 };
 

@@ -11,7 +11,7 @@ use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use prost::Message;
 use serde::{Deserialize, Serialize};
-use tokio::{sync::oneshot, time::Instant};
+use tokio::time::Instant;
 
 use super::CLUSTER_ID;
 use crate::{
@@ -19,7 +19,6 @@ use crate::{
     apply::Error,
     cluster::{Member, ids, members_to_json},
     http::{Answer, not_found, set_type, text_error, version},
-    lease::actor::Ask,
     pb::{
         etcdserverpb::{
             LeaseKeepAliveRequest, LeaseKeepAliveResponse, LeaseTimeToLiveRequest, LeaseTimeToLiveResponse,
@@ -54,7 +53,7 @@ pub struct Endpoints {
     pub promote: Promote,
 }
 
-/// How long a question about leases waits for this member to apply what is committed.
+/// How long a renewal may wait for what has just been granted.
 const APPLY_WAIT: Duration = Duration::from_secs(1);
 /// Between two questions to the expirer about a lease whose grant has just been applied.
 const RETRY: Duration = Duration::from_millis(5);
@@ -162,13 +161,14 @@ impl Endpoints {
 
     async fn renew(&self, body: Bytes) -> Answer {
         let Ok(LeaseKeepAliveRequest { id }) = LeaseKeepAliveRequest::decode(body) else { return unreadable() };
-        let Some(deadline) = self.applied().await else { return late() };
+        let deadline = Instant::now() + APPLY_WAIT;
         loop {
             match self.server.renew(id, self.runtime).await {
                 Ok(Renewal::Ttl(ttl)) => return protobuf(&LeaseKeepAliveResponse { header: None, id, ttl }),
                 Ok(Renewal::Gone) => return lease_not_found(),
                 Ok(Renewal::NotLeader) => return text_error(StatusCode::BAD_REQUEST, "not a primary lessor"),
                 Ok(Renewal::Later) => {}
+                Err(Error::TimeoutAppliedIndex) => return late(),
                 Err(e @ Error::NotPrimaryLessor) => return text_error(StatusCode::BAD_REQUEST, &e.to_string()),
                 Err(e) => return text_error(StatusCode::BAD_REQUEST, &format!("etcdserver: {e}")),
             }
@@ -182,42 +182,17 @@ impl Endpoints {
     async fn time_to_live(&self, body: Bytes) -> Answer {
         let Ok(request) = LeaseInternalRequest::decode(body) else { return unreadable() };
         let LeaseTimeToLiveRequest { id, keys } = request.lease_time_to_live_request.unwrap_or_default();
-        let Some(deadline) = self.applied().await else { return late() };
-        loop {
-            if !self.server.raft_status.read().is_leader {
-                return text_error(StatusCode::INTERNAL_SERVER_ERROR, "not a primary lessor");
-            }
-            let (answer, remaining) = oneshot::channel();
-            let remaining = match self.server.leases.try_send(Ask::Remaining { id, answer }) {
-                Ok(()) => remaining.await.ok().flatten(),
-                Err(_) => None,
-            };
-            let view = self.server.view.load_full();
-            let Some(granted_ttl) = view.leases.ttl(id) else { return lease_not_found() };
-            if let Some(ms) = remaining {
+        match self.server.time_left(id).await {
+            Ok((_, None)) => lease_not_found(),
+            Ok((view, Some((ttl, granted_ttl)))) => {
                 let keys = if keys { view.leases.keys(id).map(Bytes::copy_from_slice).collect() } else { Vec::new() };
-                let response = LeaseTimeToLiveResponse {
-                    header: Some(ResponseHeader::default()),
-                    id,
-                    ttl: ms.div_euclid(1000),
-                    granted_ttl,
-                    keys,
-                };
-                return protobuf(&LeaseInternalResponse { lease_time_to_live_response: Some(response) });
+                let header = Some(ResponseHeader::default());
+                let response = LeaseTimeToLiveResponse { header, id, ttl, granted_ttl, keys };
+                protobuf(&LeaseInternalResponse { lease_time_to_live_response: Some(response) })
             }
-            if Instant::now() >= deadline {
-                return late();
-            }
-            tokio::time::sleep(RETRY).await;
+            Err(Error::TimeoutAppliedIndex) => late(),
+            Err(e) => text_error(StatusCode::INTERNAL_SERVER_ERROR, &e.to_string()),
         }
-    }
-
-    /// Waits until this member has applied what it knows to be committed. Until when all of it may take.
-    async fn applied(&self) -> Option<Instant> {
-        let deadline = Instant::now() + APPLY_WAIT;
-        let commit = self.server.raft_status.read().commit;
-        let applied = self.server.view.until(|view| view.applied_index >= commit);
-        tokio::time::timeout_at(deadline, applied).await.ok().map(|_| deadline)
     }
 
     /// Names the cluster, as most answers do.

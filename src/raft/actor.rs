@@ -36,6 +36,10 @@ impl RaftActor {
         Self { core, wiring, output: Output::default() }
     }
 
+    pub fn core(&self) -> &Core {
+        &self.core
+    }
+
     fn step(&mut self, message: raftpb::Message) {
         let (kind, from) = (message.r#type(), message.from.unwrap_or(0));
         if let Err(reason) = self.core.step(message) {
@@ -136,8 +140,9 @@ impl Actor for RaftActor {
         let room = Room { log: self.wiring.wal.stats.has_room(), apply: self.wiring.apply.stats.has_room() };
         let applied = self.wiring.applied.load(Ordering::Relaxed);
         self.core.poll(applied, room, &mut self.output);
-        self.carry_out();
+        // Before anybody is told: who asks here because of what another member said finds it known (H-41).
         self.wiring.status.write(&self.core.reading(), turn.now);
+        self.carry_out();
         self.wiring.status.proposals_pending.store(self.core.pending() as u64, Ordering::Relaxed);
         self.wiring.status.reads_pending.store(self.core.reads_pending() as u64, Ordering::Relaxed);
     }

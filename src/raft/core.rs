@@ -1,6 +1,6 @@
 //! The raft core: proposals, reads, messages, ticks and durable answers in; log writes, committed entries and messages out.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -20,7 +20,7 @@ use super::{
 use crate::{
     apply::{ConfChanged, Error, Response, Ticket},
     pb::{raftpb, walpb},
-    sim::{self, Bug},
+    sim::{self, Bug, HashMap},
 };
 
 /// How a member starts.
@@ -186,7 +186,7 @@ impl Core {
             durable_index,
             installed_index: 0,
             installing: false,
-            snapshots_out: HashMap::new(),
+            snapshots_out: HashMap::default(),
             alone_from: 0,
             ticks: 0,
             stopping: false,
@@ -235,6 +235,11 @@ impl Core {
             _ => drop(self.node.raft.step(message)),
         }
         Ok(())
+    }
+
+    /// The membership that is in force here.
+    pub fn conf_state(&self) -> raftpb::ConfState {
+        convert::conf_state_to_pb(&self.node.store().conf_state)
     }
 
     /// True right after the step of a snapshot that raft goes on from.
@@ -402,7 +407,7 @@ impl Core {
         (index >= first).then(|| walpb::Snapshot {
             index: Some(index),
             term: Some(term),
-            conf_state: Some(convert::conf_state_to_pb(&log.conf_state)),
+            conf_state: Some(self.conf_state()),
         })
     }
 

@@ -4,14 +4,14 @@
 //! request, its own and those of others, a context that is never used twice: raft-rs takes the caller's bytes for the key
 //! of a request, so a repeated one would let late answers to an older round satisfy a newer one.
 
-use std::{collections::HashMap, time::Instant};
+use std::time::Instant;
 
 use bytes::Bytes;
 
 use crate::{
     actor::Permit,
     apply::Reply,
-    sim::{self, Bug},
+    sim::{self, Bug, HashMap},
 };
 
 /// Somebody who waits for a read index.
@@ -42,7 +42,7 @@ pub(super) struct Reads {
 impl Reads {
     /// `seed` differs between members and between starts of one member.
     pub fn new(seed: u64) -> Self {
-        Self { waiting: Vec::new(), round: None, next: seed, originals: HashMap::new() }
+        Self { waiting: Vec::new(), round: None, next: seed, originals: HashMap::default() }
     }
 
     pub fn add(&mut self, request: ReadRequest) {

@@ -153,6 +153,7 @@ pub(super) mod tests {
                 election_timeout: Duration::from_secs(1),
                 slow_request: Duration::from_secs(1),
                 features: Vec::new(),
+                fast_lease_keep_alive: true,
                 profiles: false,
             },
             view: ViewCell::new(core.view()),

@@ -28,7 +28,7 @@ use std::{
 use crate::{
     actor::{Actor, Message, Turn, shell::Flow},
     raft::{self, RaftSender},
-    storage::{Storage, StoreInUse},
+    storage::Storage,
     telemetry::Metrics,
 };
 
@@ -45,7 +45,7 @@ impl Message for Tick {
 }
 
 pub struct Wiring {
-    pub storage: Arc<StoreInUse>,
+    pub storage: Arc<dyn Storage>,
     pub raft: RaftSender,
     /// Newest applied index whose batch is committed.
     pub applied: Arc<AtomicU64>,

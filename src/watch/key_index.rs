@@ -5,15 +5,13 @@
 //! log n. Equal ranges share one node, and equal keys one entry. The map is only asked, never walked, so its random
 //! order shows nowhere.
 
-use std::{
-    collections::{BTreeSet, HashMap},
-    sync::Arc,
-};
+use std::{collections::BTreeSet, sync::Arc};
 
 use super::{
     slab::{Slab, Slot},
     watcher::SharedRange,
 };
+use crate::sim::HashMap;
 
 #[derive(Debug, Default)]
 pub(super) struct KeyIndex {

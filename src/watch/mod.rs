@@ -55,7 +55,7 @@ mod tests;
 
 pub use history::{History, HistoryError, HistoryLimit, HistoryPage, StoreHistory};
 pub use hub::{Hub, HubConfig, Outgoing, Published, Stats};
-pub use port::{Client, Ends, Port, connect};
+pub use port::{Client, Ends, PUBLISHED_MAX, Port, connect};
 pub use shell::{Requests, Responses, run};
 pub use stream::StreamId;
 pub use watcher::watched_range;

@@ -16,7 +16,7 @@ use super::Published;
 use crate::pb::etcdserverpb::{WatchRequest, WatchResponse};
 
 /// Views a hub may lag before messages are left out: at 1 ms a batch, a quarter of a second.
-const PUBLISHED_MAX: usize = 256;
+pub const PUBLISHED_MAX: usize = 256;
 
 /// apply's end.
 #[derive(Clone, Debug)]
@@ -81,6 +81,7 @@ pub struct Client {
 }
 
 /// The hub's ends.
+#[derive(Debug)]
 pub struct Ends {
     pub(super) active: Arc<AtomicBool>,
     pub(super) skipped: Arc<AtomicU64>,
@@ -88,11 +89,31 @@ pub struct Ends {
     pub(super) asks: flume::Receiver<Ask>,
 }
 
-/// `stream_budget_bytes` as in the hub's config.
-pub fn connect(stream_budget_bytes: usize) -> (Port, Client, Ends) {
+impl Ends {
+    pub fn has_published(&self) -> bool {
+        !self.published.is_empty()
+    }
+
+    pub fn try_published(&self) -> Option<Published> {
+        self.published.try_recv().ok()
+    }
+
+    /// Views so far that found the queue full.
+    pub fn skipped(&self) -> u64 {
+        self.skipped.load(Ordering::SeqCst)
+    }
+
+    /// IMPORTANT: set before the view is looked at for a first stream, see [`Port::is_active`].
+    pub fn set_active(&self, active: bool) {
+        self.active.store(active, Ordering::SeqCst);
+    }
+}
+
+/// `stream_budget_bytes` as in the hub's config; `published_max`: views the hub may lag.
+pub fn connect(stream_budget_bytes: usize, published_max: usize) -> (Port, Client, Ends) {
     let active = Arc::new(AtomicBool::new(false));
     let skipped = Arc::new(AtomicU64::new(0));
-    let (published_tx, published) = flume::bounded(PUBLISHED_MAX);
+    let (published_tx, published) = flume::bounded(published_max);
     let (asks_tx, asks) = flume::unbounded();
     (
         Port { active: active.clone(), published: published_tx, skipped: skipped.clone() },

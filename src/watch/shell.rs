@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, atomic::Ordering},
+    sync::Arc,
     task::{Context, Poll},
     time::{Duration, Instant},
 };
@@ -115,8 +115,7 @@ impl Shell {
     fn ask(&mut self, ask: Ask) {
         match ask {
             Ask::Open { responses, opened } => {
-                // IMPORTANT: active before the view is looked at, see `Port::is_active`.
-                self.ends.active.store(true, Ordering::SeqCst);
+                self.ends.set_active(true);
                 self.adopt_current_view();
                 let stream = self.hub.open_stream(self.now_ms());
                 self.streams.insert(stream, responses);
@@ -166,7 +165,7 @@ impl Shell {
 
     /// Views that found the queue full were left out; if they were the last ones, no message tells of them.
     fn make_up_for_skipped(&mut self) {
-        let skipped = self.ends.skipped.load(Ordering::SeqCst);
+        let skipped = self.ends.skipped();
         if skipped != self.skipped_seen {
             self.skipped_seen = skipped;
             self.history.refresh();
@@ -183,7 +182,7 @@ impl Shell {
         self.streams.remove(&stream);
         self.held.remove(&stream);
         if self.streams.is_empty() {
-            self.ends.active.store(false, Ordering::SeqCst);
+            self.ends.set_active(false);
         }
     }
 

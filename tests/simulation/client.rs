@@ -1,5 +1,7 @@
 //! Clients: what they ask, what they make of the answers, and what they know afterwards.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
+
 use actd::{
     apply::{Error, Response},
     cluster::Change,
@@ -49,8 +51,11 @@ pub struct Op {
     pub arrived: bool,
     /// As it is named in the log.
     pub request: Option<u64>,
-    pub forwarded: u64,
     pub done: bool,
+    /// It did what it was to do.
+    pub is_ok: bool,
+    /// Of a keepalive: its lease was there when it began.
+    pub was_alive: bool,
 }
 
 /// How long a client waits for an answer.
@@ -66,6 +71,7 @@ impl World {
     pub fn begin(&mut self, client: Option<usize>, member: usize, kind: Kind) -> OpId {
         let op = self.ops.len();
         let (start, floor) = (self.now, self.truth.begin());
+        let was_alive = matches!(kind, Kind::Renew(lease) if self.truth.model.leases.contains_key(&lease));
         self.ops.push(Op {
             client,
             member,
@@ -74,14 +80,32 @@ impl World {
             floor,
             arrived: false,
             request: None,
-            forwarded: 0,
             done: false,
+            is_ok: false,
+            was_alive,
         });
         let latency = self.draw((50, 2 * MS));
         self.after(latency, Event::Request(op));
-        let patience = self.draw(PATIENCE);
+        let patience = if client.is_some() { self.draw(PATIENCE) } else { PATIENCE.1 };
         self.after(patience, Event::GiveUp(op));
         op
+    }
+
+    /// When all is well each member writes and reads for who asks it.
+    pub fn ask_everybody(&mut self) -> Vec<OpId> {
+        let members = self.membership().expect("somebody is up");
+        let voters = members.iter().filter(|member| !member.is_learner);
+        let voters: Vec<usize> = voters.filter_map(|member| self.index_of(member.id)).collect();
+        let mut ops = Vec::new();
+        for m in voters {
+            let put = PutRequest { key: key(&mut self.rng, 1), value: format!("m{m}").into(), ..Default::default() };
+            let put = InternalRaftRequest { put: Some(put), ..Default::default() };
+            ops.push(self.begin(None, m, Kind::Write(Box::new(put))));
+            let all =
+                RangeRequest { key: b"\0".as_slice().into(), range_end: b"\0".as_slice().into(), ..Default::default() };
+            ops.push(self.begin(None, m, Kind::Read(all)));
+        }
+        ops
     }
 
     pub fn client_turn(&mut self, c: usize) {
@@ -231,9 +255,16 @@ impl World {
         if std::mem::replace(&mut self.ops[op].done, true) {
             return;
         }
-        let Op { client, ref kind, start, floor, request, .. } = self.ops[op];
+        let Op { client, ref kind, start, floor, request, was_alive, .. } = self.ops[op];
         let kind = kind.clone();
         self.say(|| format!("operation {op} ends: {}", shown_answer(&answer)));
+        self.ops[op].is_ok = matches!(answer, Answer::Outcome(Ok(_)) | Answer::Range(Ok(_)) | Answer::Renewed(Ok(_)));
+        if let (Kind::Change(Change::Promote(_)), true) = (&kind, self.ops[op].is_ok) {
+            self.mark("learner promoted");
+        }
+        let mut hasher = DefaultHasher::new();
+        format!("{answer:?}").hash(&mut hasher);
+        self.note(&[op as u64, hasher.finish()]);
         let mut revision = None;
         match (&kind, &answer) {
             (Kind::Write(write), Answer::Outcome(outcome)) => {
@@ -256,6 +287,9 @@ impl World {
                     Err(e) => panic!("nobody should hear this: {e}"),
                 }
                 revision = outcome.as_ref().ok().and_then(revision_of);
+                if let (Some(revoke), Ok(_)) = (&write.lease_revoke, outcome) {
+                    self.revoked_at.insert(revoke.id, self.now);
+                }
                 if let (Some(client), Some(grant), Ok(Response::LeaseGrant(granted))) =
                     (client, &write.lease_grant, outcome)
                 {
@@ -271,13 +305,24 @@ impl World {
             (Kind::Read(req), Answer::Range(Err(e))) => {
                 let known = matches!(
                     e,
-                    Error::Compacted | Error::FutureRev | Error::Timeout | Error::LeaderChanged | Error::NotLeader
+                    Error::Compacted
+                        | Error::FutureRev
+                        | Error::Timeout
+                        | Error::LeaderChanged
+                        | Error::NotLeader
+                        | Error::Stopped
                 );
                 assert!(known, "nobody should hear this: {e}");
-                self.truth.read_refused(req, e);
+                self.truth.read_refused(req, floor, e);
             }
-            (Kind::Renew(lease), Answer::Renewed(Ok(ttl))) if *ttl > 0 => self.promise(*lease, start, *ttl),
-            (Kind::Renew(_), Answer::Renewed(Ok(_))) => {
+            (Kind::Renew(lease), Answer::Renewed(Ok(ttl))) if *ttl > 0 => {
+                let revoked = self.revoked_at.get(lease).copied().unwrap_or(u64::MAX);
+                assert!(revoked >= start, "lease {lease} was revoked at {revoked} µs, and renewed from {start} µs on");
+                self.promise(*lease, start, *ttl);
+            }
+            (Kind::Renew(lease), Answer::Renewed(Ok(_))) => {
+                let is_there = was_alive && self.truth.model.leases.contains_key(lease);
+                assert!(!is_there, "lease {lease} is there, and a keepalive from {start} µs on says that it is not");
                 if let Some(client) = client {
                     self.clients[client].lease = None;
                 }
@@ -288,8 +333,8 @@ impl World {
             let unanswered = matches!(
                 answer,
                 Answer::Broken
-                    | Answer::Outcome(Err(Error::Timeout | Error::Stopped))
-                    | Answer::Range(Err(Error::Timeout | Error::NotLeader))
+                    | Answer::Outcome(Err(Error::Timeout | Error::Stopped | Error::DeadlineExceeded))
+                    | Answer::Range(Err(Error::Timeout | Error::NotLeader | Error::Stopped | Error::DeadlineExceeded))
             );
             if unanswered && self.rng.random_bool(0.5) {
                 // It tries another member.

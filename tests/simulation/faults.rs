@@ -3,7 +3,9 @@
 use std::path::Path;
 
 use actd::{
+    apply,
     cluster::Change,
+    raft,
     wal::{
         disk::Disk,
         sim::{Fault as DiskFault, SimDisk},
@@ -15,7 +17,7 @@ use super::{
     client::Kind,
     member::Member,
     plan::{Fault, MS, SECOND},
-    world::{Event, World, cluster_member},
+    world::{Event, SKEW, World, cluster_member},
 };
 
 impl World {
@@ -23,6 +25,7 @@ impl World {
         if self.is_calm {
             return;
         }
+        self.note(&[fault as u64]);
         let fault = self.plan.faults[fault].fault.clone();
         self.say(|| format!("FAULT {fault:?}"));
         let is_done = self.carry_out(fault);
@@ -35,6 +38,7 @@ impl World {
     /// Whether there was anything to do.
     fn carry_out(&mut self, fault: Fault) -> bool {
         let now = self.now;
+        let fault = fault.of(self.members.len());
         match fault {
             Fault::Crash { member, power, down } => self.crash_for(member, power, down),
             Fault::CrashAll { power, down } => {
@@ -77,6 +81,7 @@ impl World {
                 self.crash_for(member, true, down);
                 if flip(&self.members[member].disk, place) {
                     self.members[member].may_refuse = true;
+                    self.members[member].is_flipped = true;
                     self.mark("a bit of the log flipped");
                 }
                 true
@@ -85,7 +90,7 @@ impl World {
                 if !self.may_lose(member) || !self.is_up(member) {
                     return false;
                 }
-                let last = self.process(member).raft.reading().last_index;
+                let last = self.process(member).reading().last_index;
                 self.crash_for(member, true, down);
                 if lose_syncs(&mut self.members[member]) {
                     self.members[member].had_synced = Some(last);
@@ -96,19 +101,49 @@ impl World {
             }
             Fault::Transfer { to } => {
                 let id = self.members[to].id;
-                let leads =
-                    |world: &mut World, m: usize| world.is_awake(m) && world.process(m).raft.reading().is_leader;
-                let leaders: Vec<usize> = (0..self.members.len()).filter(|m| leads(self, *m)).collect();
-                for m in &leaders {
-                    self.process(*m).raft.transfer(id);
-                    self.turn(*m);
-                    self.mark("leadership handed over");
+                let leads = |world: &World, m: usize| {
+                    world.is_awake(m) && world.members[m].process.as_ref().is_some_and(|p| p.reading().is_leader)
+                };
+                let leader = (0..self.members.len()).find(|m| leads(self, *m) && *m != to);
+                leader.is_some_and(|m| {
+                    self.process(m).raft_tx.control(raft::Control::Transfer { to: id });
+                    self.pump(m);
+                    true
+                })
+            }
+            Fault::Stop { member } => {
+                if !self.is_awake(member) {
+                    return false;
                 }
-                !leaders.is_empty()
+                // It hands over first, if it leads.
+                self.process(member).raft_tx.control(raft::Control::Transfer { to: 0 });
+                self.pump(member);
+                let epoch = self.members[member].epoch;
+                let patience = self.draw((MS, 500 * MS));
+                self.after(patience, Event::Stopped(member, epoch));
+                true
+            }
+            Fault::StoreError { member, sync } => {
+                if !self.is_up(member) {
+                    return false;
+                }
+                self.members[member].is_store_broken = true;
+                let stores = self.members[member].stores();
+                let store = stores.current().expect("a member that is up has a store");
+                if sync {
+                    store.fail_sync_after(0)
+                } else {
+                    store.fail_commit_after(0)
+                }
+                true
             }
             Fault::Defragment { member } => {
-                let is_cleaning = self.is_up(member) && self.process(member).core.is_cleaning();
-                self.clean_all(member);
+                let is_cleaning = self.is_up(member) && self.process(member).apply.stepped.is_due();
+                if is_cleaning {
+                    let (done, _) = tokio::sync::oneshot::channel();
+                    self.process(member).apply_tx.control(apply::Control::Defragment(done));
+                    self.pump(member);
+                }
                 is_cleaning
             }
             Fault::AddLearner => self.add_member(),
@@ -171,6 +206,7 @@ impl World {
         let id = self.next_member << 32 | self.next_member;
         self.members.push(Member::new(id, true));
         let m = self.members.len() - 1;
+        self.members[m].skew = self.rng.random_range(SKEW);
         self.change(Change::Add(cluster_member(id, true)));
         let delay = self.draw((10 * MS, 2 * SECOND));
         self.restart_after(m, delay);
@@ -184,9 +220,8 @@ impl World {
         let executed = self.truth.executed;
         for member in members.iter().filter(|member| member.is_learner) {
             let Some(m) = self.index_of(member.id) else { continue };
-            if self.is_up(m) && self.process(m).applied * 10 >= executed * 9 {
+            if self.is_up(m) && self.process(m).applied() * 10 >= executed * 9 {
                 self.change(Change::Promote(member.id));
-                self.mark("learner promoted");
                 return true;
             }
         }

@@ -1,32 +1,47 @@
-//! One member: its disk and its store, which survive, and its process, which does not. Built from the cores that the
-//! server runs; what the server's shells do around them is done here and in `world.rs`.
+//! One member: its disk and its store, which survive, and its process, which does not. Built from the actors that the
+//! server runs, each with its own lanes, and moved by the scheduler in `world.rs` instead of threads.
 
 use std::{
+    cell::RefCell,
     collections::{BTreeMap, VecDeque},
     path::Path,
+    rc::Rc,
     sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
+        Arc, Mutex, MutexGuard, OnceLock,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+        mpsc,
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use actd::{
-    actor::Gate,
-    apply::{self, Outcome, ViewCell},
+    actor::{
+        Actor, Gate, Inbox, Sender, Turn,
+        shell::{Flow, Stepped},
+    },
+    apply::{self, ApplyActor, ApplySender, Deliveries, Outcome, Replies, ViewCell, Work},
     cluster::Members,
-    lease::Expirer,
-    pb::{etcdserverpb::Metadata, raftpb},
-    raft::{self, Install, Output, Recovered},
+    lease::{
+        Expirer,
+        actor::{Ask, Control as LeaseControl, LeaseActor, Proposer, Renewed},
+    },
+    mvcc::hash::{CompactionJob, scan_kv},
+    pb::{
+        etcdserverpb::{LeaseCheckpoint, Metadata},
+        raftpb,
+    },
+    raft::{self, Append, Install, RaftActor, RaftSender, Reading, Recovered},
     server,
     sim::{self, Bug},
     snapshot::{
+        self, Checkpointer,
         export::Export,
         import::{self, Expected},
     },
     storage::{self, Bucket, MemStorage, Snapshot, Storage, StoreInUse, WriteBatch},
+    telemetry::Metrics,
     wal::{self, Wal, sim::SimDisk},
-    watch::{Hub, HubConfig, Published, StoreHistory, StreamId},
+    watch::{self, Ends, Hub, HubConfig, StoreHistory, StreamId},
 };
 use bytes::Bytes;
 use tokio::sync::oneshot;
@@ -60,12 +75,51 @@ impl Stores {
     pub fn current(&self) -> Option<&MemStorage> {
         self.complete.get(&self.current?)
     }
+
+    /// As `import::settle`: the newest snapshot record decides; what is left over goes.
+    fn settle(&mut self, begin: u64) -> Result<MemStorage, String> {
+        if begin > 0 && self.current.is_none() {
+            return Err("the store is gone".to_owned());
+        }
+        if self.current.is_some_and(|current| current != begin) && self.complete.contains_key(&begin) {
+            sim::mark("an interrupted installation is completed at start");
+            self.current = Some(begin);
+        }
+        let current = *self.current.get_or_insert(0);
+        let store = self.complete.entry(current).or_default().clone();
+        self.complete.retain(|name, _| *name == current);
+        self.building = None;
+        Ok(store)
+    }
+
+    /// As `import::prepare`, in two steps: a store is built beside the one in use, then it is synced and complete.
+    pub fn build(&mut self, file: Bytes, expected: &Expected) -> Result<(), String> {
+        let store = MemStorage::new();
+        self.building = Some(store.clone());
+        import::fill(Box::new(file), &store, Some(expected)).map(drop).map_err(|e| {
+            self.building = None;
+            e.to_string()
+        })
+    }
+
+    pub fn complete(&mut self, index: u64) {
+        let store = self.building.take().expect("it was built");
+        store.sync().expect("memory fails only when told to");
+        assert!(self.current != Some(index), "the store in use is not replaced");
+        self.complete.insert(index, store);
+    }
+
+    /// As `import::discard`.
+    pub fn discard(&mut self, index: u64) {
+        assert!(self.current != Some(index), "the store in use is not deleted");
+        self.complete.remove(&index);
+    }
 }
 
 pub struct Member {
     pub id: u64,
     pub disk: SimDisk,
-    pub stores: Stores,
+    stores: Arc<Mutex<Stores>>,
     pub process: Option<Box<Process>>,
     /// Counts starts: events of an earlier process mean nothing to a later one.
     pub epoch: u64,
@@ -82,6 +136,12 @@ pub struct Member {
     pub lost: Option<String>,
     /// Its data was damaged on purpose, so it may refuse to start.
     pub may_refuse: bool,
+    /// A bit of its log was flipped since it ran last.
+    pub is_flipped: bool,
+    /// Its store fails at the next write or sync.
+    pub is_store_broken: bool,
+    /// What a tick takes by its clock, in hundredths.
+    pub skew: u64,
     /// Its log lost what it had synced, up to this index.
     pub had_synced: Option<u64>,
     /// It begins as part of a running cluster.
@@ -94,7 +154,7 @@ impl Member {
         Self {
             id,
             disk: SimDisk::default(),
-            stores: Stores::default(),
+            stores: Arc::default(),
             process: None,
             epoch: 0,
             paused_until: 0,
@@ -104,6 +164,9 @@ impl Member {
             clock_ms: 1_800_000_000_000,
             lost: None,
             may_refuse: false,
+            is_flipped: false,
+            is_store_broken: false,
+            skew: 100,
             had_synced: None,
             joins,
             restart_at: None,
@@ -117,12 +180,17 @@ impl Member {
         options
     }
 
+    pub fn stores(&self) -> MutexGuard<'_, Stores> {
+        self.stores.lock().expect("no holder of this lock panics")
+    }
+
     /// As the server opens its data: the first log if there is none, log and store checked against each other.
     pub fn start(
         &mut self,
         config: &Config,
         first: &[raftpb::Entry],
         now: u64,
+        instant: Instant,
         seed: u64,
     ) -> Result<Box<Process>, String> {
         let options = self.wal_options(config);
@@ -136,26 +204,14 @@ impl Member {
         }
         let (log, found) = Wal::open(options).map_err(|e| e.to_string())?;
         let begin = found.snapshot.index();
-        let stores = &mut self.stores;
-        if begin > 0 && stores.current.is_none() {
-            return Err("the store is gone".to_owned());
-        }
-        // `import::settle`: the newest snapshot record decides.
-        if stores.current.is_some_and(|current| current != begin) && stores.complete.contains_key(&begin) {
-            sim::mark("an interrupted installation is completed at start");
-            stores.current = Some(begin);
-        }
-        let current = *stores.current.get_or_insert(0);
-        let store = stores.complete.entry(current).or_default().clone();
-        stores.complete.retain(|name, _| *name == current);
-        stores.building = None;
+        let store = self.stores().settle(begin)?;
 
         let in_use = Arc::new(StoreInUse::new(Rows::new(store.clone(), store)));
         let settings = apply::Settings {
             member_id: self.id,
             min_lease_ttl: MIN_TTL,
             max_learners: 2,
-            persist_lease_checkpoints: false,
+            persist_lease_checkpoints: config.checkpoints,
             quota_bytes: None,
             release: "3.7.0".parse().expect("a version"),
         };
@@ -170,13 +226,14 @@ impl Member {
         if core.members().is_removed(self.id) {
             return Err("removed".to_owned());
         }
-        let applied = core.applied_index();
+        let applied_index = core.applied_index();
+        let recovered_entries = found.entries.clone();
         let recovered = Recovered {
             compacted: (begin, found.snapshot.term()),
             entries: found.entries,
             hard_state: found.hard_state,
             conf_state: core.members().conf_state(),
-            applied,
+            applied: applied_index,
         };
         let options = raft::Options {
             id: self.id,
@@ -198,79 +255,129 @@ impl Member {
             catch_up_bytes: 500,
             ..HubConfig::default()
         };
+
+        // Wired as `server.rs` does it.
+        let applied = Arc::new(AtomicU64::new(applied_index));
+        let status = Arc::new(raft::Status::new(Duration::from_micros(TICK)));
+        let is_removed = Arc::new(AtomicBool::new(false));
+        let (replies, mut deliveries) = Replies::new(1);
+        let (raft_tx, raft_rx) = Inbox::new("raft", 100_000, 1 << 30);
+        let (wal_tx, wal) = Inbox::new("wal", 64, 64 << 20);
+        let (apply_tx, apply_rx) = Inbox::new("apply", config.apply_queue, 64 << 20);
+        let (lease_tx, lease_rx) = Inbox::new("leases", 10_000, usize::MAX);
+        let (checkpoint_tx, checkpoint_rx) = Inbox::new("checkpointer", 1, usize::MAX);
+        let (send, outgoing) = mpsc::channel();
+        let (jobs, hash_jobs) = mpsc::channel();
+        let (asked, lease_asks) = mpsc::channel();
+        let (port, _, ends) = watch::connect(config.stream_budget, config.hub_queue);
+        let raft_wiring = raft::Wiring {
+            wal: wal_tx,
+            apply: apply_tx.clone(),
+            send: Box::new(move |messages| drop(send.send(messages))),
+            replies: replies.clone(),
+            status: status.clone(),
+            applied: applied.clone(),
+        };
+        let apply_wiring = apply::Wiring {
+            raft: raft_tx.clone(),
+            replies,
+            view: view.clone(),
+            applied: applied.clone(),
+            hubs: vec![port],
+            lease_notices: Box::new({
+                let leases = lease_tx.clone();
+                move |notices| {
+                    leases.control(LeaseControl::Notices(notices));
+                }
+            }),
+            ask_alarm: Box::new(|| {}),
+            metrics: metrics(),
+            install: Box::new({
+                let (stores, in_use, settings) = (self.stores.clone(), in_use.clone(), settings.clone());
+                move |taken| install(taken, &stores, &in_use, &settings)
+            }),
+            hash: Box::new(move |job| drop(jobs.send(job))),
+            slow_apply: Duration::ZERO,
+            clean_up: apply::CleanUp { keys: config.clean, pause: Duration::ZERO, wake_after: Box::new(|_| {}) },
+            on_members: Box::new({
+                let (id, is_removed) = (self.id, is_removed.clone());
+                move |members| is_removed.store(members.is_removed(id), Ordering::Relaxed)
+            }),
+        };
+        let checkpoint_wiring = snapshot::Wiring {
+            storage: in_use.clone(),
+            raft: raft_tx.clone(),
+            applied: applied.clone(),
+            entries_between: config.snapshot_count,
+            metrics: metrics(),
+        };
+        let next_deadline = Arc::new(AtomicU64::new(u64::MAX));
+        let newest = view.clone();
+        let expirer = Expirer::new(ELECTION / MS, REQUEST_TIMEOUT / MS, config.checkpoints);
+        let leases: Box<dyn Fn() -> _> = Box::new(move || newest.load().leases.clone());
+        let lease_actor = LeaseActor::new(expirer, Proposals(asked), leases, next_deadline.clone(), instant);
+        let seen = Rc::new(RefCell::new(Vec::new()));
+        let observed = Observed {
+            actor: ApplyActor::new(core, apply_wiring),
+            batch: config.batch,
+            in_batch: 0,
+            view: view.clone(),
+            in_use: in_use.clone(),
+            seen: seen.clone(),
+        };
+        raft_tx.control(raft::Control::Tick);
         self.epoch += 1;
         Ok(Box::new(Process {
-            raft,
-            output: Output::default(),
-            writer: wal::Writer::new(log, config.segments_kept, Arc::new(|_| {})),
-            wal_queue: VecDeque::new(),
-            in_hand: Vec::new(),
-            history: StoreHistory::new(view.clone(), in_use.clone()),
-            hub: Hub::new(hub_config, seed),
-            view,
-            in_use,
-            settings,
-            core,
+            id: self.id,
+            raft: Due::new(Stepped::new(raft_rx, RaftActor::new(raft, raft_wiring))),
+            apply: Due::new(Stepped::new(apply_rx, observed)),
+            leases: Due::new(Stepped::new(lease_rx, lease_actor)),
+            checkpointer: Due::new(Stepped::new(checkpoint_rx, Checkpointer::new(checkpoint_wiring))),
+            raft_tx,
+            apply_tx,
+            lease_tx,
+            checkpoint_tx,
+            deliveries: deliveries.remove(0),
+            outgoing,
+            hash_jobs,
+            lease_asks,
+            seen,
+            status,
+            view: view.clone(),
             applied,
-            installs: VecDeque::new(),
-            work: VecDeque::new(),
-            is_applying: false,
-            synced: 0,
-            checkpointed: applied,
-            gate: Gate::new("proposals", 10_000, 64 << 20),
+            is_removed,
+            writer: wal::Writer::new(log, config.segments_kept, Arc::new(|_| {})),
+            wal,
+            in_hand: Vec::new(),
+            recovered: recovered_entries,
+            history: StoreHistory::new(view, in_use.clone()),
+            hub: Hub::new(hub_config, seed),
+            ends,
+            skipped_seen: 0,
+            in_use,
+            proposals: Gate::new("proposals", 10_000, 64 << 20),
+            reads: Gate::new("reads", 20_000, 64 << 20),
+            messages: Gate::new("messages", 8_192, 64 << 20),
             request_counter: (self.clock_ms + now / MS) << 8,
-            expirer: Expirer::new(ELECTION / MS, REQUEST_TIMEOUT / MS, false),
-            lease_term: None,
+            led: None,
+            started: instant,
+            next_deadline,
             revocations: Vec::new(),
-            status: raft::Status::new(Duration::from_micros(TICK)),
             confirmed_pauses: 0,
             waiters: Vec::new(),
             readers: Vec::new(),
             renewals: Vec::new(),
-            published: VecDeque::new(),
-            skipped: false,
             is_hub_awake: false,
             streams: BTreeMap::new(),
             incoming: VecDeque::new(),
-            is_receiving: false,
+            receiving: None,
         }))
-    }
-
-    /// As `import::prepare`: a complete, synced store beside the one in use.
-    pub fn prepare(&mut self, file: Bytes, expected: &Expected) -> Result<(), String> {
-        let store = MemStorage::new();
-        self.stores.building = Some(store.clone());
-        import::fill(Box::new(file), &store, Some(expected)).map_err(|e| e.to_string())?;
-        store.sync().map_err(|e| e.to_string())?;
-        self.stores.building = None;
-        if self.stores.current != Some(expected.index) {
-            self.stores.complete.insert(expected.index, store);
-        }
-        Ok(())
-    }
-
-    /// As the server installs: `CURRENT`, then the state.
-    pub fn install(&mut self, install: Install) {
-        let process = self.process.as_mut().expect("a process installs");
-        let old = self.stores.current().expect("there is a store in use").clone();
-        self.stores.current = Some(install.index);
-        let new = self.stores.current().expect("the store was prepared before the record").clone();
-        let write = if sim::has(Bug::InstallKeepsOldStore) { old } else { new.clone() };
-        let rows = Arc::new(Rows::new(new, write));
-        let mut core = apply::Core::open(rows.clone(), process.settings.clone()).expect("a prepared store opens");
-        assert_eq!(core.applied_index(), install.index, "the store is of another index");
-        process.in_use.replace(rows);
-        core.use_storage(process.in_use.clone());
-        core.follow(&process.core);
-        for (reply, outcome) in std::mem::replace(&mut process.core, core).abandon() {
-            reply.answer(outcome);
-        }
-        self.stores.complete.retain(|name, _| *name == install.index);
     }
 
     /// The database of this moment, as it goes to another member.
     pub fn export(&self) -> (Bytes, Expected) {
-        let store = self.stores.current().expect("a member that sends has a store");
+        let stores = self.stores();
+        let store = stores.current().expect("a member that sends has a store");
         let export = Export::take(store).expect("memory is read");
         let layout = export.measure(&mut || true).expect("memory is read");
         let mut file = Vec::new();
@@ -285,9 +392,147 @@ impl Member {
     }
 }
 
+fn metrics() -> Metrics {
+    static ONE: OnceLock<Metrics> = OnceLock::new();
+    ONE.get_or_init(|| Metrics::new(false)).clone()
+}
+
+/// As the server installs: `CURRENT`, then the state.
+fn install(
+    install: Install,
+    stores: &Mutex<Stores>,
+    in_use: &Arc<StoreInUse<Rows>>,
+    settings: &apply::Settings,
+) -> anyhow::Result<apply::Core> {
+    let mut stores = stores.lock().expect("no holder of this lock panics");
+    let old = stores.current().expect("there is a store in use").clone();
+    stores.current = Some(install.index);
+    let new = stores.current().expect("the store was prepared before the record").clone();
+    let write = if sim::has(Bug::InstallKeepsOldStore) { old } else { new.clone() };
+    let rows = Arc::new(Rows::new(new, write));
+    let mut core = apply::Core::open(rows.clone(), settings.clone())?;
+    anyhow::ensure!(core.applied_index() == install.index, "the store is of another index");
+    in_use.replace(rows);
+    core.use_storage(in_use.clone());
+    stores.complete.retain(|name, _| *name == install.index);
+    Ok(core)
+}
+
+/// What the lease expirer wants in the log.
+pub enum LeaseAsk {
+    Revoke { id: i64, term: u64 },
+    Checkpoint { checkpoints: Vec<LeaseCheckpoint>, term: u64 },
+}
+
+pub struct Proposals(mpsc::Sender<LeaseAsk>);
+
+impl Proposer for Proposals {
+    fn revoke(&mut self, id: i64, term: u64) {
+        let _ = self.0.send(LeaseAsk::Revoke { id, term });
+    }
+
+    fn checkpoint(&mut self, checkpoints: Vec<LeaseCheckpoint>, term: u64) {
+        let _ = self.0.send(LeaseAsk::Checkpoint { checkpoints, term });
+    }
+}
+
+/// What a member has applied, and its state at some places.
+pub enum Seen {
+    Entry { index: u64, term: u64, data: Bytes, conf_change: bool },
+    State { index: u64, hash: u64, members: Members },
+}
+
+/// The applier, looked at over its shoulder.
+pub struct Observed {
+    actor: ApplyActor,
+    /// Entries after which a batch ends.
+    batch: usize,
+    in_batch: usize,
+    view: ViewCell,
+    in_use: Arc<StoreInUse<Rows>>,
+    seen: Rc<RefCell<Vec<Seen>>>,
+}
+
+impl Actor for Observed {
+    type Message = Work;
+    type Control = apply::Control;
+
+    fn on_message(&mut self, work: Work, turn: &Turn) {
+        for entry in work.entries {
+            let (index, term, conf_change) = (entry.index, entry.term, entry.conf_change);
+            self.seen.borrow_mut().push(Seen::Entry { index, term, data: entry.data.clone(), conf_change });
+            self.actor.on_message(Work { entries: vec![entry] }, turn);
+            self.in_batch += 1;
+            // Compared with the other members at these places, so a batch ends there.
+            let is_place = index % 16 == 0 || conf_change;
+            if is_place || self.in_batch >= self.batch {
+                self.on_turn_end(turn);
+            }
+            let view = self.view.load_full();
+            if is_place && view.applied_index == index {
+                let (hash, members) = (state_hash(&view, &*self.in_use), view.members.clone());
+                self.seen.borrow_mut().push(Seen::State { index, hash, members });
+            }
+        }
+    }
+
+    fn on_control(&mut self, message: apply::Control, turn: &Turn) -> Flow {
+        self.actor.on_control(message, turn)
+    }
+
+    fn on_turn_end(&mut self, turn: &Turn) {
+        self.in_batch = 0;
+        self.actor.on_turn_end(turn);
+    }
+
+    fn has_work(&self) -> bool {
+        self.actor.has_work()
+    }
+}
+
+/// Everything that members must have in common.
+pub fn state_hash(view: &apply::View, rows: &dyn Storage) -> u64 {
+    let hash = scan_kv(&view.kv, rows, 0).expect("the newest view can be hashed");
+    let mut hash_all = u64::from(hash.hash) ^ (hash.compact_revision as u64) << 40 ^ (hash.hash_revision as u64) << 20;
+    let mut add = |word: u64| hash_all = (hash_all ^ word).wrapping_mul(0x0000_0100_0000_01b3);
+    for (id, ttl, remaining) in view.leases.iter() {
+        [id as u64, ttl as u64, remaining as u64].into_iter().for_each(&mut add);
+    }
+    for member in view.members.iter() {
+        [member.id, u64::from(member.is_learner)].into_iter().for_each(&mut add);
+    }
+    view.members.removed().for_each(&mut add);
+    hash_all
+}
+
+/// An actor, and whether its turn is on its way.
+pub struct Due<A: Actor> {
+    pub stepped: Stepped<A>,
+    pub is_scheduled: bool,
+}
+
+impl<A: Actor> Due<A> {
+    fn new(stepped: Stepped<A>) -> Self {
+        Self { stepped, is_scheduled: false }
+    }
+
+    /// True if a turn must be put on its way.
+    pub fn wants_turn(&mut self) -> bool {
+        !self.is_scheduled && self.stepped.is_due() && {
+            self.is_scheduled = true;
+            true
+        }
+    }
+
+    pub fn turn(&mut self, now: Instant) -> Flow {
+        self.is_scheduled = false;
+        self.stepped.turn(now)
+    }
+}
+
 /// A write for the log's writer.
 pub enum Job {
-    Append(raft::Append),
+    Append(Append),
     Snapshot(actd::pb::walpb::Snapshot),
 }
 
@@ -297,38 +542,108 @@ pub struct Waiter {
     pub op: OpId,
 }
 
+/// How far a keepalive has come, as `api/lease.rs` goes through it.
 pub struct Renewal {
     pub op: OpId,
-    /// Leadership is being confirmed first: the term, the pauses so far, and what will be answered.
-    pub confirming: Option<(u64, Option<u64>, i64)>,
     pub deadline: u64,
+    pub step: Renewing,
+}
+
+pub enum Renewing {
+    /// It begins, again perhaps, at this time.
+    At(u64),
+    /// What is committed must be applied, for some time at most.
+    Applies {
+        commit: u64,
+        until: u64,
+    },
+    Asked {
+        answer: oneshot::Receiver<Renewed>,
+        is_applied: bool,
+    },
+    /// The term it leads in, the pauses so far.
+    Confirms {
+        answer: oneshot::Receiver<Outcome>,
+        term: u64,
+        pauses: Option<u64>,
+        renewed: Renewed,
+        is_applied: bool,
+    },
+    /// A round says that this must be applied.
+    Reads {
+        index: u64,
+        term: u64,
+        pauses: Option<u64>,
+        renewed: Renewed,
+        is_applied: bool,
+    },
+    Clears {
+        answer: oneshot::Receiver<Outcome>,
+        ttl: i64,
+    },
+}
+
+/// A database on its way to the store in use.
+pub struct Receiving {
+    /// Who sends it, if he still hears.
+    pub from: Option<(usize, u64)>,
+    pub index: u64,
+    /// A store is made of it.
+    pub is_news: bool,
+    /// Asked raft for its answer.
+    pub taken: Option<oneshot::Receiver<bool>>,
+    /// Raft goes on from it.
+    pub is_taken: bool,
+    /// Asked raft with it once its store is complete.
+    pub message: Option<raftpb::Message>,
+}
+
+/// What arrived: from whom, in which life of his, and the database.
+pub struct Arrived {
+    pub from: Option<(usize, u64)>,
+    pub message: raftpb::Message,
+    pub file: Bytes,
+    pub expected: Expected,
+    /// It broke off.
+    pub is_cut: bool,
 }
 
 pub struct Process {
-    pub raft: raft::Core,
-    pub output: Output,
+    pub id: u64,
+    pub raft: Due<RaftActor>,
+    pub apply: Due<Observed>,
+    pub leases: Due<LeaseActor<Proposals>>,
+    pub checkpointer: Due<Checkpointer>,
+    pub raft_tx: RaftSender,
+    pub apply_tx: ApplySender,
+    pub lease_tx: Sender<Ask, LeaseControl>,
+    pub checkpoint_tx: Sender<snapshot::Tick, ()>,
+    pub deliveries: Deliveries,
+    pub outgoing: mpsc::Receiver<Vec<raftpb::Message>>,
+    pub hash_jobs: mpsc::Receiver<CompactionJob>,
+    pub lease_asks: mpsc::Receiver<LeaseAsk>,
+    pub seen: Rc<RefCell<Vec<Seen>>>,
+    pub status: Arc<raft::Status>,
+    pub view: ViewCell,
+    pub applied: Arc<AtomicU64>,
+    pub is_removed: Arc<AtomicBool>,
     pub writer: wal::Writer,
-    pub wal_queue: VecDeque<Job>,
+    pub wal: Inbox<Append, wal::Control>,
     /// What the disk works on.
     pub in_hand: Vec<Job>,
-    pub core: apply::Core,
-    pub settings: apply::Settings,
+    /// What was in the log at its start.
+    pub recovered: Vec<raftpb::Entry>,
     pub in_use: Arc<StoreInUse<Rows>>,
-    pub view: ViewCell,
-    pub applied: u64,
-    pub installs: VecDeque<Install>,
-    pub work: VecDeque<raft::Committed>,
-    pub is_applying: bool,
-    pub synced: u64,
-    pub checkpointed: u64,
-    pub gate: Gate,
+    pub proposals: Gate,
+    pub reads: Gate,
+    pub messages: Gate,
     pub request_counter: u64,
-    pub expirer: Expirer,
-    /// The term the expirer's deadlines belong to.
-    pub lease_term: Option<u64>,
-    /// Revocations the expirer has proposed.
+    /// The term it leads in, and whether the expirer has been told.
+    pub led: Option<(u64, bool)>,
+    pub started: Instant,
+    pub next_deadline: Arc<AtomicU64>,
+    /// Revocations the expirer has asked for.
     pub revocations: Vec<(i64, oneshot::Receiver<Outcome>)>,
-    pub status: raft::Status,
     /// After so many pauses its leadership was confirmed (L-11).
     pub confirmed_pauses: u64,
     pub waiters: Vec<Waiter>,
@@ -337,20 +652,33 @@ pub struct Process {
     pub renewals: Vec<Renewal>,
     pub hub: Hub,
     pub history: StoreHistory,
-    pub published: VecDeque<Published>,
-    pub skipped: bool,
+    pub ends: Ends,
+    pub skipped_seen: u64,
     pub is_hub_awake: bool,
     /// Whose stream it is.
     pub streams: BTreeMap<StreamId, usize>,
     /// Databases that came in.
-    pub incoming: VecDeque<(raftpb::Message, Bytes, Expected)>,
-    pub is_receiving: bool,
+    pub incoming: VecDeque<Arrived>,
+    pub receiving: Option<Receiving>,
 }
 
 impl Process {
     pub fn next_id(&mut self) -> u64 {
         self.request_counter += 1;
-        self.settings.member_id << 48 | self.request_counter & ((1 << 48) - 1)
+        self.id << 48 | self.request_counter & ((1 << 48) - 1)
+    }
+
+    pub fn reading(&self) -> Reading {
+        self.status.read()
+    }
+
+    pub fn applied(&self) -> u64 {
+        self.applied.load(Ordering::Relaxed)
+    }
+
+    /// What raft has in force.
+    pub fn raft_conf_state(&self) -> raftpb::ConfState {
+        self.raft.stepped.core().core().conf_state()
     }
 
     pub fn members(&self) -> Members {

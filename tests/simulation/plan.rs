@@ -77,6 +77,10 @@ pub struct Config {
     pub mix: Mix,
     pub think: (u64, u64),
     pub value_bytes: usize,
+    /// Of an actor that has something to do: what comes meanwhile is in the same turn.
+    pub turn: (u64, u64),
+    /// Remaining times of leases are written to the log.
+    pub checkpoints: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -147,6 +151,15 @@ pub enum Fault {
     Transfer {
         to: usize,
     },
+    /// The process ends in order: it hands over, and finishes what it has in hand.
+    Stop {
+        member: usize,
+    },
+    /// A commit or sync of the store fails.
+    StoreError {
+        member: usize,
+        sync: bool,
+    },
     /// Clean-up runs to its end at once.
     Defragment {
         member: usize,
@@ -161,6 +174,30 @@ pub enum Fault {
         member: usize,
         ahead_ms: u64,
     },
+}
+
+impl Fault {
+    /// Members that a plan names are drawn from more than there are at first: those that come later have their share.
+    pub fn of(mut self, members: usize) -> Self {
+        match &mut self {
+            Fault::Crash { member, .. }
+            | Fault::Pause { member, .. }
+            | Fault::SlowDisk { member, .. }
+            | Fault::SlowApply { member, .. }
+            | Fault::DiskError { member, .. }
+            | Fault::DiskFull { member, .. }
+            | Fault::FlipLog { member, .. }
+            | Fault::LoseSyncs { member, .. }
+            | Fault::Transfer { to: member }
+            | Fault::Stop { member, .. }
+            | Fault::StoreError { member, .. }
+            | Fault::Defragment { member }
+            | Fault::Remove { member }
+            | Fault::Clock { member, .. } => *member %= members,
+            Fault::CrashAll { .. } | Fault::Cut { .. } | Fault::Lossy { .. } | Fault::AddLearner | Fault::Promote => {}
+        }
+        self
+    }
 }
 
 impl fmt::Display for Timed {
@@ -222,6 +259,8 @@ impl Plan {
             mix,
             think: span(rng, &[(MS, 60 * MS), (10 * MS, 150 * MS)]),
             value_bytes: *[4, 30, 400].choose(rng).expect("there are choices"),
+            turn: span(rng, &[(0, 2), (5, 50), (10, 3 * MS)]),
+            checkpoints: rng.random_bool(0.3),
         };
         let until = rng.random_range(14..18) * SECOND;
         let mut plan = Self { seed, config, faults: Vec::new(), until };
@@ -289,7 +328,7 @@ fn faults(rng: &mut StdRng, members: usize, until: u64, focus: Focus) -> Vec<Tim
     let kinds: &[usize] = match focus {
         Focus::Nothing => &[],
         Focus::Reads => &[PAUSE, CUT, SLOW_DISK, SLOW_APPLY],
-        Focus::Snapshots => &[CUT, SLOW_APPLY],
+        Focus::Snapshots => &[CUT, SLOW_APPLY, CRASH],
         Focus::Leases => &[PAUSE, CUT, TRANSFER],
         Focus::Compaction => &[CRASH, CRASH_ALL],
     };
@@ -297,7 +336,7 @@ fn faults(rng: &mut StdRng, members: usize, until: u64, focus: Focus) -> Vec<Tim
         weights = (0..KINDS).map(|kind| u32::from(kinds.contains(&kind))).collect();
     }
     let all: u32 = weights.iter().sum();
-    let count = rng.random_range(4..=if focus == Focus::Nothing { 14 } else { 20 });
+    let count = rng.random_range(6..=if focus == Focus::Nothing { 14 } else { 20 });
     let mut times: Vec<u64> = (0..count).map(|_| rng.random_range(SECOND..until)).collect();
     times.sort_unstable();
     // Data is destroyed on a minority at most, and on one member in a run.
@@ -315,7 +354,7 @@ fn faults(rng: &mut StdRng, members: usize, until: u64, focus: Focus) -> Vec<Tim
     faults.collect()
 }
 
-const KINDS: usize = 16;
+const KINDS: usize = 18;
 const CRASH: usize = 0;
 const CRASH_ALL: usize = 1;
 const PAUSE: usize = 2;
@@ -325,13 +364,14 @@ const TRANSFER: usize = 10;
 const SLOW_APPLY: usize = 15;
 
 fn fault(rng: &mut StdRng, kind: usize, members: usize, may_destroy: &mut bool) -> Fault {
-    let member = rng.random_range(0..members);
+    // Two more than there are at first.
+    let member = rng.random_range(0..members + 2);
     let down = rng.random_range(10..3_000) * MS;
     let for_ = rng.random_range(50..4_000) * MS;
     match kind {
         CRASH_ALL => Fault::CrashAll { power: rng.random_bool(0.7), down: down / 3 },
         PAUSE => Fault::Pause { member, for_ },
-        CUT => Fault::Cut { links: links(rng, members), for_ },
+        CUT => Fault::Cut { links: links(rng, members + 2), for_ },
         4 => Fault::Lossy { loss: rng.random_range(0.1..0.7), for_ },
         SLOW_DISK => Fault::SlowDisk { member, each: rng.random_range(20..2_500) * MS, for_ },
         6 => Fault::DiskError { member, sync: rng.random_bool(0.5) },
@@ -350,6 +390,8 @@ fn fault(rng: &mut StdRng, kind: usize, members: usize, may_destroy: &mut bool) 
         12 => Fault::Promote,
         13 => Fault::Remove { member },
         SLOW_APPLY => Fault::SlowApply { member, each: rng.random_range(10..600) * MS, for_ },
+        16 => Fault::Stop { member },
+        17 => Fault::StoreError { member, sync: rng.random_bool(0.3) },
         14 => Fault::Clock { member, ahead_ms: rng.random_range(0..10_000_000) },
         _ => Fault::Crash { member, power: rng.random_bool(0.7), down },
     }

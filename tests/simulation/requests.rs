@@ -1,52 +1,80 @@
 //! What members do with requests: proposals, reads, leases and their keepalives, and who is told what became of them.
 
-use std::time::Duration;
+use std::{sync::atomic::Ordering, time::Duration};
 
 use actd::{
-    apply::{Error, Outcome, Reply, Response, Ticket},
+    apply::{Error, LeaseNotice, Outcome, Reply, Response, Ticket},
     cluster::Change,
-    lease::Renewal as Renewed,
+    lease::actor::{Ask, Control, Renewed},
     mvcc::range,
-    pb::etcdserverpb::{InternalRaftRequest, LeaseRevokeRequest, RangeRequest, RequestHeader},
-    raft::{Proposal, ReadRequest},
+    pb::etcdserverpb::{
+        InternalRaftRequest, LeaseCheckpoint, LeaseCheckpointRequest, LeaseRevokeRequest, RangeRequest, RequestHeader,
+    },
+    raft::{Input, Proposal, ReadRequest},
 };
 use bytes::Bytes;
 use prost::Message as _;
+use tokio::sync::oneshot::{self, error::TryRecvError};
 
 use super::{
     client::Kind,
-    member::{Renewal, Waiter},
+    member::{LeaseAsk, Process, Renewal, Renewing, Waiter},
     plan::{LATE, MS, REQUEST_TIMEOUT, SECOND},
     world::{Answer, Event, OpId, World},
 };
 
+/// How a keepalive goes on.
+enum Step {
+    Goes(Renewing),
+    Waits(Renewing),
+    Done(i64),
+}
+
 impl World {
     // Leases
 
+    /// As `lessor::follow_leadership`: the expirer is told when this member leads and has applied what was before.
     pub fn follow_leadership(&mut self, m: usize) {
-        let now_ms = self.now.div_ceil(MS);
         let id = self.members[m].id;
         let process = self.process(m);
-        let now = process.raft.reading();
+        let now = process.reading();
+        if let Some((term, is_told)) = process.led
+            && (!now.is_leader || now.term != term)
+        {
+            process.led = None;
+            if is_told {
+                process.lease_tx.control(Control::Demoted);
+            }
+            self.say(|| format!("m{m} leads no more"));
+        }
         if now.is_leader {
-            let view = process.view.load_full();
-            if process.lease_term != Some(now.term) && view.applied_term >= now.term {
-                process.lease_term = Some(now.term);
-                process.expirer.on_leader(now_ms, &view.leases);
-                self.say(|| format!("m{m} leads in term {}", now.term));
+            let process = self.process(m);
+            let applied_term = process.view.load().applied_term;
+            let (term, is_told) = *process.led.get_or_insert((now.term, false));
+            if !is_told && applied_term >= term {
+                process.led = Some((term, true));
+                process.lease_tx.control(Control::Leader { term });
+                self.say(|| format!("m{m} leads in term {term}"));
             }
             self.truth.leads(id, now.term);
-        } else if process.lease_term.take().is_some() {
-            process.expirer.on_demoted();
-            self.say(|| format!("m{m} leads no more"));
         }
     }
 
-    pub fn lease_tick(&mut self, m: usize) {
-        let now_ms = self.now / MS;
+    /// As `lessor::tick`, and a look at the keepalives that wait.
+    pub fn lease_tick(&mut self, m: usize, epoch: u64) {
+        let instant = self.instant();
         let process = self.process(m);
-        if let Some(term) = process.lease_term {
-            for id in process.expirer.tick(now_ms) {
+        let elapsed = instant.saturating_duration_since(process.started).as_millis() as u64;
+        if process.next_deadline.load(Ordering::Relaxed) <= elapsed {
+            process.lease_tx.control(Control::Tick);
+        }
+        self.after(50 * MS, Event::LeaseTick(m, epoch));
+    }
+
+    /// What the expirer wants in the log.
+    pub fn lease_ask(&mut self, m: usize, ask: LeaseAsk) {
+        match ask {
+            LeaseAsk::Revoke { id, term } => {
                 let request =
                     InternalRaftRequest { lease_revoke: Some(LeaseRevokeRequest { id }), ..Default::default() };
                 let (answer, _) = self.propose(m, request, Some(term));
@@ -55,12 +83,12 @@ impl World {
                     self.process(m).revocations.push((id, answer));
                 }
             }
+            LeaseAsk::Checkpoint { checkpoints, term } => {
+                let lease_checkpoint = Some(LeaseCheckpointRequest { checkpoints });
+                self.propose(m, InternalRaftRequest { lease_checkpoint, ..Default::default() }, Some(term));
+                self.mark("lease checkpoint");
+            }
         }
-        let renewals: Vec<OpId> = self.process(m).renewals.iter().map(|renewal| renewal.op).collect();
-        for op in renewals {
-            self.renew(m, op);
-        }
-        self.turn(m);
     }
 
     /// New revocations in the log: one by a leader's clock must not come before a promise has ended.
@@ -101,77 +129,135 @@ impl World {
 
     /// A keepalive at the member where its client is, or at the leader that it was forwarded to.
     pub fn renew(&mut self, m: usize, op: OpId) {
-        let Kind::Renew(lease) = self.ops[op].kind else { return };
-        if self.ops[op].done {
-            self.process(m).renewals.retain(|renewal| renewal.op != op);
-            return;
-        }
-        let (now, instant) = (self.now, self.instant());
+        let deadline = self.now + REQUEST_TIMEOUT;
         let process = self.process(m);
         if !process.renewals.iter().any(|renewal| renewal.op == op) {
-            process.renewals.push(Renewal { op, confirming: None, deadline: now + REQUEST_TIMEOUT });
-        }
-        let at = process.renewals.iter().position(|renewal| renewal.op == op).expect("just looked");
-        let raft = process.raft.reading();
-        let mut answer = None;
-        if raft.is_leader {
-            if process.renewals[at].confirming.is_some() {
-                return;
-            }
-            let alive = process.view.load().leases.contains(lease);
-            match process.expirer.on_renew(lease, now.div_ceil(MS)) {
-                Renewed::Renewed { ttl, .. } => {
-                    let pauses = process.status.pauses(instant);
-                    if !raft.is_alone && pauses != Some(process.confirmed_pauses) {
-                        // A process that stood still may have been replaced without knowing it (L-11).
-                        process.renewals[at].confirming = Some((raft.term, pauses, ttl));
-                        let (reply, receiver) = Reply::new(0);
-                        let permit = process.gate.try_enter(1).expect("few read at once");
-                        let deadline = instant + Duration::from_micros(REQUEST_TIMEOUT);
-                        process.raft.read(ReadRequest { reply, deadline, permit });
-                        process.waiters.push(Waiter { answer: receiver, op });
-                        return self.mark("leadership confirmed after a pause");
-                    }
-                    answer = Some(if alive { ttl } else { 0 });
-                }
-                Renewed::Expired | Renewed::Unknown if !alive => answer = Some(0),
-                _ => {}
-            }
-        } else if raft.leader != 0
-            && let Some(leader) = self.index_of(raft.leader)
-            && self.ops[op].member == m
-            && now >= self.ops[op].forwarded + 500 * MS
-            && !self.is_cut(m, leader)
-            && !self.is_cut(leader, m)
-        {
-            self.ops[op].forwarded = now;
-            let latency = self.draw(self.plan.config.latency);
-            self.after(latency, Event::Forwarded(leader, op));
-        }
-        let process = self.process(m);
-        if let Some(ttl) = answer {
-            process.renewals.remove(at);
-            self.respond(op, Answer::Renewed(Ok(ttl)));
-        } else if process.renewals[at].deadline <= now {
-            process.renewals.remove(at);
-            self.respond(op, Answer::Renewed(Err(Error::Timeout)));
+            process.renewals.push(Renewal { op, deadline, step: Renewing::At(0) });
         }
     }
 
-    /// A round says that somebody led when it began; this member if it still does.
-    fn confirmed(&mut self, m: usize, op: OpId) {
-        let Kind::Renew(lease) = self.ops[op].kind else { return };
-        let process = self.process(m);
-        let Some(at) = process.renewals.iter().position(|renewal| renewal.op == op) else { return };
-        let Some((term, pauses, ttl)) = process.renewals[at].confirming.take() else { return };
-        let raft = process.raft.reading();
-        if !raft.is_leader || raft.term != term {
-            return;
+    /// Keepalives go on as far as they can.
+    fn advance_renewals(&mut self, m: usize) {
+        for renewal in std::mem::take(&mut self.process(m).renewals) {
+            let Renewal { op, deadline, mut step } = renewal;
+            if self.ops[op].done {
+                continue;
+            }
+            loop {
+                step = match self.advance(m, op, deadline, step) {
+                    Ok(Step::Goes(next)) => next,
+                    Ok(Step::Waits(step)) => break self.process(m).renewals.push(Renewal { op, deadline, step }),
+                    Ok(Step::Done(ttl)) => break self.respond(op, Answer::Renewed(Ok(ttl))),
+                    Err(e) => break self.respond(op, Answer::Renewed(Err(e))),
+                }
+            }
         }
-        process.confirmed_pauses = pauses.unwrap_or(process.confirmed_pauses);
-        process.renewals.remove(at);
-        let ttl = if process.view.load().leases.contains(lease) { ttl } else { 0 };
-        self.respond(op, Answer::Renewed(Ok(ttl)));
+    }
+
+    /// The next step of a keepalive, as `Server::renew` and those who call it go.
+    fn advance(&mut self, m: usize, op: OpId, deadline: u64, step: Renewing) -> Result<Step, Error> {
+        let (now, instant) = (self.now, self.instant());
+        let again = || Ok(Step::Waits(Renewing::At(now + 50 * MS)));
+        let Kind::Renew(lease) = self.ops[op].kind else { unreachable!("only keepalives are renewed") };
+        let process = self.process(m);
+        let raft = process.reading();
+        if now >= deadline {
+            return Err(if raft.leader == 0 { Error::NoLeader } else { Error::Timeout });
+        }
+        let gate = process.reads.clone();
+        let alive = |process: &Process, ttl| if process.view.load().leases.contains(lease) { ttl } else { 0 };
+        // Who was confirmed goes on with what the expirer said.
+        let go_on = |world: &mut World, renewed, is_applied: bool| {
+            let Renewed::Ttl { ttl, clear_checkpoint } = renewed else {
+                return match renewed {
+                    Renewed::Unknown if alive(world.process(m), 1) == 1 => again(),
+                    Renewed::Unknown if !is_applied => Err(Error::TimeoutAppliedIndex),
+                    _ => Ok(Step::Done(0)),
+                };
+            };
+            if !clear_checkpoint {
+                return Ok(Step::Done(alive(world.process(m), ttl)));
+            }
+            let checkpoints = vec![LeaseCheckpoint { id: lease, remaining_ttl: 0 }];
+            let lease_checkpoint = Some(LeaseCheckpointRequest { checkpoints });
+            let request = InternalRaftRequest { lease_checkpoint, ..Default::default() };
+            match world.propose(m, request, None).0 {
+                Some(answer) => Ok(Step::Goes(Renewing::Clears { answer, ttl })),
+                None => again(),
+            }
+        };
+        match step {
+            Renewing::At(at) if now < at => Ok(Step::Waits(Renewing::At(at))),
+            Renewing::At(_) if raft.is_leader => {
+                Ok(Step::Goes(Renewing::Applies { commit: raft.commit, until: now + SECOND }))
+            }
+            Renewing::At(_) => {
+                let Some(leader) = self.index_of(raft.leader).filter(|_| self.ops[op].member == m) else {
+                    return again();
+                };
+                if !self.is_cut(m, leader) && !self.is_cut(leader, m) {
+                    let latency = self.draw(self.plan.config.latency);
+                    self.after(latency, Event::Forwarded(leader, op));
+                }
+                Ok(Step::Waits(Renewing::At(now + 500 * MS)))
+            }
+            Renewing::Applies { commit, until } => {
+                let is_applied = process.applied() >= commit;
+                if !is_applied && now < until {
+                    return Ok(Step::Waits(Renewing::Applies { commit, until }));
+                }
+                let (answer, renewed) = oneshot::channel();
+                if process.lease_tx.try_send(Ask::Renew { id: lease, answer }).is_err() {
+                    return again();
+                }
+                Ok(Step::Goes(Renewing::Asked { answer: renewed, is_applied }))
+            }
+            Renewing::Asked { mut answer, is_applied } => match answer.try_recv() {
+                Ok(Renewed::NotLeader) | Err(TryRecvError::Closed) => again(),
+                Ok(_) if !raft.is_leader => again(),
+                Ok(renewed) => {
+                    let pauses = process.status.pauses(instant);
+                    if raft.is_alone || pauses == Some(process.confirmed_pauses) {
+                        return go_on(self, renewed, is_applied);
+                    }
+                    // A process that stood still may have been replaced without knowing it (L-11).
+                    let Some(permit) = gate.try_enter(1) else { return again() };
+                    let (reply, answer) = Reply::new(0);
+                    let deadline = instant + Duration::from_micros(REQUEST_TIMEOUT);
+                    let asked = process.raft_tx.try_send(Input::Read(ReadRequest { reply, deadline, permit }));
+                    assert!(asked.is_ok(), "raft's lane has room");
+                    self.mark("leadership confirmed after a pause");
+                    Ok(Step::Goes(Renewing::Confirms { answer, term: raft.term, pauses, renewed, is_applied }))
+                }
+                Err(TryRecvError::Empty) => Ok(Step::Waits(Renewing::Asked { answer, is_applied })),
+            },
+            Renewing::Confirms { mut answer, term, pauses, renewed, is_applied } => match answer.try_recv() {
+                Ok(Ok(Response::ReadIndex(index))) => {
+                    Ok(Step::Goes(Renewing::Reads { index, term, pauses, renewed, is_applied }))
+                }
+                Ok(_) | Err(TryRecvError::Closed) => Err(Error::NotPrimaryLessor),
+                Err(TryRecvError::Empty) => {
+                    Ok(Step::Waits(Renewing::Confirms { answer, term, pauses, renewed, is_applied }))
+                }
+            },
+            Renewing::Reads { index, term, pauses, renewed, is_applied } => {
+                if process.applied() < index {
+                    return Ok(Step::Waits(Renewing::Reads { index, term, pauses, renewed, is_applied }));
+                }
+                // Another leader may have answered.
+                if !raft.is_leader || raft.term != term {
+                    return again();
+                }
+                process.confirmed_pauses = pauses.unwrap_or(process.confirmed_pauses);
+                go_on(self, renewed, is_applied)
+            }
+            Renewing::Clears { mut answer, ttl } => match answer.try_recv() {
+                Ok(Ok(_)) => Ok(Step::Done(alive(process, ttl))),
+                Ok(Err(e)) => Err(e),
+                Err(TryRecvError::Closed) => Err(Error::Stopped),
+                Err(TryRecvError::Empty) => Ok(Step::Waits(Renewing::Clears { answer, ttl })),
+            },
+        }
     }
 
     // Requests
@@ -182,29 +268,29 @@ impl World {
         m: usize,
         mut request: InternalRaftRequest,
         as_leader_of: Option<u64>,
-    ) -> (Option<tokio::sync::oneshot::Receiver<Outcome>>, u64) {
+    ) -> (Option<oneshot::Receiver<Outcome>>, u64) {
         let deadline = self.instant() + Duration::from_micros(REQUEST_TIMEOUT);
         let process = self.process(m);
         let id = process.next_id();
         request.header = Some(RequestHeader { id, ..Default::default() });
         let data = Bytes::from(request.encode_to_vec());
-        let Some(permit) = process.gate.try_enter(data.len()) else { return (None, id) };
+        let Some(permit) = process.proposals.try_enter(data.len()) else { return (None, id) };
         let (reply, answer) = Reply::new(0);
         let ticket = Ticket { request: Box::new(request), reply, deadline, permit };
-        process.raft.propose(Proposal { data, conf_change: false, id, as_leader_of, ticket });
-        (Some(answer), id)
+        let proposal = Proposal { data, conf_change: false, id, as_leader_of, ticket };
+        (process.raft_tx.try_send(Input::Propose(proposal)).is_ok().then_some(answer), id)
     }
 
-    pub fn propose_change(&mut self, m: usize, change: &Change) -> Option<tokio::sync::oneshot::Receiver<Outcome>> {
+    pub fn propose_change(&mut self, m: usize, change: &Change) -> Option<oneshot::Receiver<Outcome>> {
         let deadline = self.instant() + Duration::from_micros(REQUEST_TIMEOUT);
         let process = self.process(m);
         let id = process.next_id();
         let data = Bytes::from(change.encode(id).encode_to_vec());
-        let permit = process.gate.try_enter(data.len())?;
+        let permit = process.proposals.try_enter(data.len())?;
         let (reply, answer) = Reply::new(0);
         let ticket = Ticket { request: Box::default(), reply, deadline, permit };
-        process.raft.propose(Proposal { data, conf_change: true, id, as_leader_of: None, ticket });
-        Some(answer)
+        let proposal = Proposal { data, conf_change: true, id, as_leader_of: None, ticket };
+        process.raft_tx.try_send(Input::Propose(proposal)).is_ok().then_some(answer)
     }
 
     pub fn request(&mut self, op: OpId) {
@@ -230,13 +316,12 @@ impl World {
                     Some(answer) => self.process(m).waiters.push(Waiter { answer, op }),
                     None => return self.respond(op, Answer::Broken),
                 }
-                self.turn(m);
             }
             Kind::Read(req) if req.serializable => self.read(m, op, &req),
             Kind::Read(req) => {
                 let instant = self.instant();
                 let process = self.process(m);
-                let raft = process.raft.reading();
+                let raft = process.reading();
                 if raft.is_learner {
                     return self.respond(op, Answer::Range(Err(Error::NotLeader)));
                 }
@@ -250,24 +335,19 @@ impl World {
                     return self.read(m, op, &req);
                 }
                 let (reply, answer) = Reply::new(0);
-                let Some(permit) = process.gate.try_enter(1) else { return self.respond(op, Answer::Broken) };
+                let Some(permit) = process.reads.try_enter(1) else { return self.respond(op, Answer::Broken) };
                 let deadline = instant + Duration::from_micros(REQUEST_TIMEOUT);
-                process.raft.read(ReadRequest { reply, deadline, permit });
+                let asked = process.raft_tx.try_send(Input::Read(ReadRequest { reply, deadline, permit }));
+                assert!(asked.is_ok(), "raft's lane has room");
                 process.waiters.push(Waiter { answer, op });
-                self.turn(m);
             }
-            Kind::Renew(_) => {
-                self.renew(m, op);
-                self.turn(m);
-            }
-            Kind::Change(change) => {
-                match self.propose_change(m, &change) {
-                    Some(answer) => self.process(m).waiters.push(Waiter { answer, op }),
-                    None => return self.respond(op, Answer::Broken),
-                }
-                self.turn(m);
-            }
+            Kind::Renew(_) => self.renew(m, op),
+            Kind::Change(change) => match self.propose_change(m, &change) {
+                Some(answer) => self.process(m).waiters.push(Waiter { answer, op }),
+                None => return self.respond(op, Answer::Broken),
+            },
         }
+        self.pump(m);
     }
 
     pub fn read(&mut self, m: usize, op: OpId, req: &RangeRequest) {
@@ -284,7 +364,7 @@ impl World {
     /// Answers that have become ready at this member.
     pub fn collect(&mut self, m: usize) {
         let process = self.process(m);
-        let applied = process.applied;
+        let applied = process.applied();
         let mut ready = Vec::new();
         let mut at = 0;
         while at < process.waiters.len() {
@@ -293,23 +373,26 @@ impl World {
                     let waiter = process.waiters.remove(at);
                     ready.push((waiter.op, outcome));
                 }
-                Err(tokio::sync::oneshot::error::TryRecvError::Closed) => {
+                Err(TryRecvError::Closed) => {
                     panic!("nobody answers operation {} any more", process.waiters[at].op)
                 }
                 Err(_) => at += 1,
             }
         }
-        process.revocations.retain_mut(|(_, answer)| answer.try_recv().is_err());
+        for (id, mut answer) in std::mem::take(&mut process.revocations) {
+            match answer.try_recv() {
+                // Gone already: apply has no notice of it to give.
+                Ok(Err(Error::LeaseNotFound)) => {
+                    process.lease_tx.control(Control::Notices(vec![LeaseNotice::Gone { id }]));
+                }
+                Err(TryRecvError::Empty) => process.revocations.push((id, answer)),
+                _ => {}
+            }
+        }
         for (op, outcome) in ready {
             match (&self.ops[op].kind, outcome) {
-                (Kind::Read(_) | Kind::Renew(_), Ok(Response::ReadIndex(index))) => {
-                    self.process(m).readers.push((index, op));
-                }
+                (Kind::Read(_), Ok(Response::ReadIndex(index))) => self.process(m).readers.push((index, op)),
                 (Kind::Read(_), Err(e)) => self.respond(op, Answer::Range(Err(e))),
-                (Kind::Renew(_), Err(_)) => {
-                    self.process(m).renewals.retain(|renewal| renewal.op != op);
-                    self.respond(op, Answer::Renewed(Err(Error::NotPrimaryLessor)));
-                }
                 (_, outcome) => self.respond(op, Answer::Outcome(outcome)),
             }
         }
@@ -318,11 +401,11 @@ impl World {
             std::mem::take(&mut process.readers).into_iter().partition(|(index, _)| *index <= applied);
         process.readers = later;
         for (_, op) in due {
-            match self.ops[op].kind.clone() {
-                Kind::Read(req) => self.read(m, op, &req),
-                _ => self.confirmed(m, op),
+            if let Kind::Read(req) = self.ops[op].kind.clone() {
+                self.read(m, op, &req);
             }
         }
+        self.advance_renewals(m);
     }
 
     pub fn respond(&mut self, op: OpId, answer: Answer) {

@@ -11,7 +11,8 @@ use std::{
 use actd::sim::{self, Bug};
 
 use super::{
-    plan::{Plan, SECOND},
+    plan::{ELECTION, Plan, REQUEST_TIMEOUT, SECOND},
+    watcher::Watcher,
     world::World,
 };
 
@@ -122,7 +123,10 @@ pub fn quiet() {
 /// Clients go on until there were so many calls.
 const LEAST_CALLS: u64 = 300;
 
-/// How long the cluster may take to heal when faults are over, and leases to run out.
+/// How long leases may live when nobody keeps them: the longest time to live, an election, and a revocation that got lost.
+const LEASES: u64 = 4 * SECOND + 2 * ELECTION + REQUEST_TIMEOUT + SECOND;
+
+/// How long the cluster may take to heal when faults are over.
 const HEAL: u64 = 40 * SECOND;
 
 pub fn run(plan: &Plan, bug: Option<Bug>) -> Result<Report, Failure> {
@@ -134,7 +138,10 @@ fn attempt(plan: &Plan, bug: Option<Bug>, verbose: bool) -> Result<Report, Failu
     let _ = sim::take_marks();
     IS_SIMULATED.set(true);
     let mut world = World::new(plan.clone(), verbose);
-    let done = catch_unwind(AssertUnwindSafe(|| live(&mut world)));
+    let done = catch_unwind(AssertUnwindSafe(|| {
+        world.begin_all();
+        live(&mut world)
+    }));
     IS_SIMULATED.set(false);
     sim::seed(None);
     let timeline = world.timeline.take().map(Vec::from).unwrap_or_default();
@@ -182,12 +189,25 @@ fn live(world: &mut World) {
     world.is_closing = true;
     assert!(world.run(end, World::is_idle), "calls do not end: {}", world.describe());
     assert!(world.run(end, World::is_healed), "the cluster does not heal: {}", world.describe());
+    let late = world.now + REQUEST_TIMEOUT + SECOND;
+    assert!(world.run(late, World::has_answered), "calls are not answered: {}", world.describe());
     let leases = |world: &World| world.is_healed() && world.truth.model.leases.is_empty();
-    assert!(world.run(end, leases), "leases do not run out: {:?}", world.truth.model.leases);
+    assert!(world.run(world.now + LEASES, leases), "leases do not run out: {:?}", world.truth.model.leases);
+    let last = world.ask_everybody();
+    assert!(world.run(world.now + 10 * SECOND, World::is_idle), "calls do not end: {}", world.describe());
+    for op in last {
+        assert!(world.ops[op].is_ok, "all is well, and operation {op} at m{} fails", world.ops[op].member);
+    }
     // Watchers take what is left, and come to life where they were cut off.
     world.run((world.now + SECOND).max(20 * SECOND), |_| false);
     let done = |world: &World| world.watchers.iter().all(|watcher| watcher.is_done(&world.truth.model));
     world.run(world.now + HEAL, |world| world.is_healed() && done(world));
+    if done(world) && world.plan.config.progress_ms <= 1_000 {
+        // Long enough for each to hear of progress by itself.
+        world.watchers.iter_mut().for_each(Watcher::begin_quiet);
+        world.run(world.now + 3 * SECOND, |_| false);
+        world.is_reported = true;
+    }
     // A member that was replaced late may still have been on its way.
     assert!(world.is_healed(), "the cluster does not stay healed: {}", world.describe());
     world.finish();

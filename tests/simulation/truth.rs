@@ -3,17 +3,57 @@
 //! The log itself is the witness of the order in which things took effect, so no search for an order is needed: each
 //! answer must be the one that the model gives at the request's place in the log, and places must agree with real time.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use actd::{
     apply::{Error, Response},
+    cluster::Members,
     mvcc::hash::HashKv,
-    pb::etcdserverpb::{InternalRaftRequest, RangeRequest, RangeResponse},
+    pb::{
+        etcdserverpb::{InternalRaftRequest, RangeRequest, RangeResponse},
+        raftpb::{ConfChange, ConfChangeType, Entry},
+    },
 };
 use bytes::Bytes;
 use prost::Message;
 
 use super::model::Model;
+
+/// Members by id, and whether they only learn.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Membership {
+    learners: BTreeMap<u64, bool>,
+    removed: BTreeSet<u64>,
+}
+
+impl Membership {
+    /// The largest number of learners.
+    const LEARNERS: usize = 2;
+
+    fn change(&mut self, change: &ConfChange) {
+        let id = change.node_id();
+        let is_known = self.learners.contains_key(&id);
+        let learners = self.learners.values().filter(|is_learner| **is_learner).count();
+        match change.r#type() {
+            // A promotion is an addition of who is there as a learner.
+            ConfChangeType::ConfChangeAddNode if self.learners.get(&id) == Some(&true) => {
+                self.learners.insert(id, false);
+            }
+            _ if self.removed.contains(&id) => {}
+            ConfChangeType::ConfChangeAddNode if !is_known => {
+                self.learners.insert(id, false);
+            }
+            ConfChangeType::ConfChangeAddLearnerNode if !is_known && learners < Self::LEARNERS => {
+                self.learners.insert(id, true);
+            }
+            ConfChangeType::ConfChangeRemoveNode if is_known => {
+                self.learners.remove(&id);
+                self.removed.insert(id);
+            }
+            _ => {}
+        }
+    }
+}
 
 /// A point in the log: operations that have ended stand at or before it.
 pub type Place = u64;
@@ -32,6 +72,8 @@ pub struct Truth {
     compacted_after: BTreeMap<u64, i64>,
     /// Where each lease was revoked last.
     pub revoked: Vec<(i64, u64)>,
+    /// The members after each change of them.
+    members: BTreeMap<u64, Membership>,
     /// The first hash of the state at an index, and whose it was.
     hashes: BTreeMap<u64, (u64, u64)>,
     /// The hash of each compaction after another, and whose it was.
@@ -54,6 +96,7 @@ impl Truth {
             revision_after: BTreeMap::from([(0, 1)]),
             compacted_after: BTreeMap::from([(0, -1)]),
             revoked: Vec::new(),
+            members: BTreeMap::from([(0, Membership::default())]),
             hashes: BTreeMap::new(),
             compactions: BTreeMap::new(),
             leaders: BTreeMap::new(),
@@ -87,6 +130,12 @@ impl Truth {
             let id = request.header.as_ref().map_or(0, |h| h.id);
             assert!(self.outcomes.insert(id, (index, outcome)).is_none(), "request {id:x} is in the log twice");
         }
+        if conf_change {
+            let change = ConfChange::decode(data.clone()).expect("membership changes decode");
+            let mut members = self.members.last_key_value().expect("there is a first").1.clone();
+            members.change(&change);
+            self.members.insert(index, members);
+        }
         self.revision_after.insert(index, self.model.revision);
         self.compacted_after.insert(index, self.model.compacted);
     }
@@ -96,6 +145,35 @@ impl Truth {
         let (first, other) = *self.hashes.entry(index).or_insert((hash, member));
         assert_eq!(first, hash, "members {member:x} and {other:x} differ in state at index {index}");
         self.checked += 1;
+    }
+
+    /// What a member knows of the members at an index.
+    pub fn members(&mut self, member: u64, index: u64, told: &Members) {
+        let expected = self.members.range(..=index).next_back().expect("there is a first").1;
+        let told = Membership {
+            learners: told.iter().map(|member| (member.id, member.is_learner)).collect(),
+            removed: told.removed().collect(),
+        };
+        assert_eq!(*expected, told, "member {member:x} knows other members at index {index}");
+        self.checked += 1;
+    }
+
+    /// A member starts where it was (H-9).
+    pub fn starts(&self, member: u64, applied: u64, revision: i64) {
+        let expected = *self.revision_after.range(..=applied).next_back().expect("there is a first").1;
+        assert_eq!(revision, expected, "member {member:x} starts at revision {revision} with index {applied} applied");
+    }
+
+    /// A log as a member found it at its start: what it has of what was applied is what was applied.
+    pub fn recovered(&mut self, member: u64, entries: &[Entry]) {
+        for entry in entries {
+            if let Some((term, data)) = self.entries.get(&entry.index())
+                && *term == entry.term()
+            {
+                let found = entry.data.clone().unwrap_or_default();
+                assert_eq!(*data, found, "the log of member {member:x} has another entry {}", entry.index());
+            }
+        }
     }
 
     /// What a member says that a compaction left.
@@ -142,6 +220,9 @@ impl Truth {
         let expected = self.model.range(req, newest, -1).expect("the reader knows its own revision");
         assert_eq!(*answer, expected, "{req:?}");
         if !req.serializable {
+            let compacted = *self.compacted_after.range(..=floor).next_back().expect("there is a first").1;
+            let is_gone = req.revision > 0 && req.revision < compacted;
+            assert!(!is_gone, "a read began after revision {compacted} was compacted: {req:?}");
             let least = *self.revision_after.range(..=floor).next_back().expect("there is a first").1;
             assert!(newest >= least, "a read began after revision {least} was known, and is at {newest}: {req:?}");
             self.ended = self.ended.max(made_at);
@@ -150,12 +231,16 @@ impl Truth {
     }
 
     /// A range was refused.
-    pub fn read_refused(&self, req: &RangeRequest, error: &Error) {
+    pub fn read_refused(&self, req: &RangeRequest, floor: Place, error: &Error) {
         match error {
             Error::Compacted => {
                 assert!(req.revision > 0 && req.revision < self.model.compacted, "nobody compacted {}", req.revision);
             }
-            Error::FutureRev => assert!(req.revision > 1, "revision {} is no future one", req.revision),
+            Error::FutureRev => {
+                let known = *self.revision_after.range(..=floor).next_back().expect("there is a first").1;
+                let least = if req.serializable { 1 } else { known };
+                assert!(req.revision > least, "revision {} is no future one, {least} was known", req.revision);
+            }
             _ => {}
         }
     }
@@ -164,7 +249,7 @@ impl Truth {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use actd::pb::etcdserverpb::{PutRequest, RequestHeader};
+    use actd::pb::etcdserverpb::{CompactionRequest, PutRequest, RequestHeader};
 
     fn put(id: u64, value: &str) -> Bytes {
         let put = PutRequest { key: "k".into(), value: value.to_owned().into(), ..Default::default() };
@@ -234,6 +319,45 @@ mod tests {
         let floor = truth.begin();
         let text = fails(std::panic::AssertUnwindSafe(|| truth.read(&req, floor, &old)));
         assert!(text.contains("is at 2"), "{text}");
+    }
+
+    #[test]
+    fn stale_refusals_and_reads_of_what_is_compacted_are_found() {
+        let mut truth = two_puts();
+        let compaction = Some(CompactionRequest { revision: 3, physical: false });
+        let header = Some(RequestHeader { id: 13, ..Default::default() });
+        let request = InternalRaftRequest { header, compaction, ..Default::default() };
+        truth.applied(1, 3, 1, &request.encode_to_vec().into(), false);
+        let answer = answer_of(&truth, 13);
+        truth.written(13, 0, &answer);
+        let floor = truth.begin();
+        let at = |revision| RangeRequest { key: "k".into(), revision, ..Default::default() };
+        truth.read_refused(&at(4), floor, &Error::FutureRev);
+        truth.read_refused(&at(2), floor, &Error::Compacted);
+        fails(std::panic::AssertUnwindSafe(|| truth.read_refused(&at(3), floor, &Error::FutureRev)));
+        fails(std::panic::AssertUnwindSafe(|| truth.read_refused(&at(3), floor, &Error::Compacted)));
+        let old = truth.model.range(&at(2), 3, -1).unwrap();
+        let text = fails(std::panic::AssertUnwindSafe(|| truth.read(&at(2), floor, &old)));
+        assert!(text.contains("after revision 3 was compacted"), "{text}");
+    }
+
+    #[test]
+    fn members_are_what_the_log_says() {
+        let change = |kind: ConfChangeType, id| {
+            let change = ConfChange { r#type: Some(kind.into()), node_id: Some(id), ..Default::default() };
+            Bytes::from(change.encode_to_vec())
+        };
+        let mut truth = Truth::new(2);
+        truth.applied(1, 1, 1, &change(ConfChangeType::ConfChangeAddNode, 7), true);
+        truth.applied(1, 2, 1, &change(ConfChangeType::ConfChangeAddLearnerNode, 8), true);
+        truth.applied(1, 3, 1, &change(ConfChangeType::ConfChangeRemoveNode, 7), true);
+        truth.applied(1, 4, 1, &change(ConfChangeType::ConfChangeAddNode, 7), true);
+        truth.applied(1, 5, 1, &change(ConfChangeType::ConfChangeAddNode, 8), true);
+        let members = &truth.members[&5];
+        assert_eq!(members.learners, BTreeMap::from([(8, false)]));
+        assert_eq!(members.removed, BTreeSet::from([7]));
+        assert_eq!(truth.members[&2].learners, BTreeMap::from([(7, false), (8, true)]));
+        fails(std::panic::AssertUnwindSafe(|| truth.members(1, 5, &Members::default())));
     }
 
     #[test]

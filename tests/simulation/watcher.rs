@@ -31,6 +31,9 @@ pub struct Watcher {
     pub requests: VecDeque<WatchRequest>,
     asked: usize,
     answered: usize,
+    /// It has asked for progress for the last time, and heard.
+    last_asked: bool,
+    last_answered: bool,
     /// Events so far.
     pub events: u64,
 }
@@ -44,6 +47,11 @@ struct Watch {
     /// It began by itself at this revision, which may be in the future.
     start: i64,
     id: Option<i64>,
+    /// It wants to hear of progress by itself; how often it has since all is quiet.
+    is_reported: bool,
+    reports: u64,
+    /// A compaction cancelled it.
+    is_compacted: bool,
 }
 
 impl Watcher {
@@ -57,7 +65,17 @@ impl Watcher {
                 _ if a < b => (a, b),
                 _ => (b, Bytes::from_static(b"\0")),
             };
-            Watch { key, end, prev_kv: rng.random_bool(0.4), next: 0, start: 0, id: None }
+            Watch {
+                key,
+                end,
+                prev_kv: rng.random_bool(0.4),
+                next: 0,
+                start: 0,
+                id: None,
+                is_reported: false,
+                reports: 0,
+                is_compacted: false,
+            }
         });
         Self {
             at: None,
@@ -69,6 +87,8 @@ impl Watcher {
             requests: VecDeque::new(),
             asked: 0,
             answered: 0,
+            last_asked: false,
+            last_answered: false,
             events: 0,
         }
     }
@@ -83,6 +103,7 @@ impl Watcher {
         self.requests.clear();
         self.watches.iter_mut().for_each(|watch| watch.id = None);
         (self.asked, self.answered) = (0, 0);
+        (self.last_asked, self.last_answered) = (false, false);
     }
 
     /// What to ask next; `newest` is a revision that exists somewhere. In the end only what brings all watches to life.
@@ -93,6 +114,9 @@ impl Watcher {
             let watch = &mut self.watches[at];
             let start_revision = if watch.next > 0 {
                 sim::mark("a watch resumed where it had ended");
+                if std::mem::take(&mut watch.is_compacted) {
+                    sim::mark("a watch went on after a compaction");
+                }
                 watch.next
             } else {
                 match rng.random_range(0..4) {
@@ -102,21 +126,24 @@ impl Watcher {
                 }
             };
             watch.start = start_revision;
+            watch.is_reported = rng.random_bool(0.5);
             self.creating.push_back(at);
             let create = WatchCreateRequest {
                 key: watch.key.clone(),
                 range_end: watch.end.clone(),
                 start_revision,
-                progress_notify: rng.random_bool(0.5),
+                progress_notify: watch.is_reported,
                 prev_kv: watch.prev_kv,
                 ..Default::default()
             };
             return Some(WatchRequest { request_union: Some(RequestUnion::CreateRequest(create)) });
         }
-        if is_closing {
+        let is_last = is_closing && !self.last_answered && self.creating.is_empty();
+        if is_closing && !is_last {
             return None;
         }
-        if rng.random_bool(0.6) {
+        self.last_asked |= is_last;
+        if is_last || rng.random_bool(0.6) {
             self.asked += 1;
             let ask = WatchProgressRequest {};
             return Some(WatchRequest { request_union: Some(RequestUnion::ProgressRequest(ask)) });
@@ -154,6 +181,7 @@ impl Watcher {
             // It may go on from there, and so knows nothing of what was compacted.
             watch.next = response.compact_revision;
             watch.id = None;
+            watch.is_compacted = true;
             sim::mark("a watch was cancelled by a compaction");
         } else if response.canceled {
             assert_eq!(self.cancelling.pop_front(), Some(id), "a watch was cancelled that nobody cancelled");
@@ -168,12 +196,15 @@ impl Watcher {
             sim::mark("progress reported");
             if id == -1 {
                 self.answered += 1;
+                self.last_answered |= self.last_asked;
                 assert!(self.answered <= self.asked, "a report that nobody asked for");
                 for at in self.by_id.values() {
                     self.watches[*at].on_progress(model, header.revision);
                 }
             } else {
-                self.watches[self.by_id[&id]].on_progress(model, header.revision);
+                let watch = &mut self.watches[self.by_id[&id]];
+                watch.reports += 1;
+                watch.on_progress(model, header.revision);
             }
         }
     }
@@ -182,15 +213,29 @@ impl Watcher {
     pub fn is_done(&self, model: &Model) -> bool {
         let missing =
             |watch: &Watch| model.history(&watch.key, &watch.end, watch.next, model.revision).next().is_some();
-        self.watches.iter().all(|watch| watch.id.is_some() && !missing(watch))
+        let is_quiet = self.creating.is_empty() && self.cancelling.is_empty() && self.requests.is_empty();
+        is_quiet && self.is_told(model) && self.watches.iter().all(|watch| watch.id.is_some() && !missing(watch))
     }
 
-    /// Everything has been delivered.
-    pub fn finish(&self, model: &Model) {
+    /// Its question for progress was answered. A watch of the future keeps its stream waiting.
+    fn is_told(&self, model: &Model) -> bool {
+        self.last_answered || self.watches.iter().any(|watch| watch.start > model.revision)
+    }
+
+    /// From now on all is quiet.
+    pub fn begin_quiet(&mut self) {
+        self.watches.iter_mut().for_each(|watch| watch.reports = 0);
+    }
+
+    /// Everything has been delivered. `reported`: what is quiet has had time to be reported.
+    pub fn finish(&self, model: &Model, reported: bool) {
+        assert!(self.is_told(model), "a question for progress was not answered");
         for watch in &self.watches {
             assert!(watch.id.is_some(), "a watch did not come to life in the end");
             let missing = model.history(&watch.key, &watch.end, watch.next, model.revision).next();
             assert!(missing.is_none(), "a watch of {:?} from {} on never saw {missing:?}", watch.key, watch.next);
+            let is_due = reported && watch.is_reported && watch.start <= model.revision;
+            assert!(!is_due || watch.reports > 0, "no progress was reported of {:?}", watch.key);
         }
     }
 }

@@ -26,11 +26,12 @@ impl World {
         let process = self.process(m);
         process.is_hub_awake = false;
         let mut out = Vec::new();
-        while let Some(message) = process.published.pop_front() {
+        while let Some(message) = process.ends.try_published() {
             process.history.refresh();
             process.hub.on_published(&message, &mut process.history, &mut out).expect("memory is read");
         }
-        if std::mem::take(&mut process.skipped) {
+        if process.ends.skipped() != process.skipped_seen {
+            process.skipped_seen = process.ends.skipped();
             process.jump(&mut out);
             self.mark("a watch hub saw the revision jump");
         }
@@ -105,6 +106,7 @@ impl World {
                     let epoch = self.members[m].epoch;
                     let process = self.process(m);
                     let mut out = Vec::new();
+                    process.ends.set_active(true);
                     process.history.refresh();
                     if process.streams.is_empty() {
                         process.jump(&mut out);
@@ -128,6 +130,7 @@ impl World {
                     let process = self.process(m);
                     process.hub.close_stream(stream);
                     process.streams.remove(&stream);
+                    process.ends.set_active(!process.streams.is_empty());
                     self.watchers[w].cut_off();
                 } else if is_there {
                     let rng = &mut self.rng;

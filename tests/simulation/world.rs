@@ -6,56 +6,61 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
+    hash::{DefaultHasher, Hash, Hasher},
     time::{Duration, Instant},
 };
 
 use actd::{
-    apply::{ConfChanged, Error, Outcome},
+    apply::{self, Error, Outcome},
     cluster::{Change, Member as ClusterMember, Members},
-    mvcc::{
-        hash::{HashKv, scan_kv},
-        range,
-    },
+    mvcc::{hash::HashKv, range},
     pb::{
         etcdserverpb::RangeRequest,
         raftpb::{self, MessageType},
     },
-    raft::Room,
-    snapshot::import::Expected,
+    raft::{self, Input},
     wal::sim::Fault as DiskFault,
-    watch::{Published, StreamId},
+    watch::StreamId,
 };
 use bytes::Bytes;
 use prost::Message as _;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
+use tokio::sync::oneshot;
 
 use super::{
     client::{Client, Op},
-    member::{Job, MIN_TTL, Member, Process},
+    member::{Arrived, MIN_TTL, Member, Process, Receiving, state_hash},
     plan::{Config, LATE, MS, Plan, SECOND, TICK},
     truth::Truth,
+    turns::write,
     watcher::Watcher,
 };
 
 pub type OpId = usize;
+
+/// What a member's tick takes, in hundredths of what it should.
+pub const SKEW: std::ops::RangeInclusive<u64> = 90..=110;
 
 /// What happens next to whom. The second number is the member's epoch.
 pub enum Event {
     Tick(usize, u64),
     Sync(usize, u64),
     LeaseTick(usize, u64),
+    RaftTurn(usize, u64),
+    ApplyTurn(usize, u64),
+    LeaseTurn(usize, u64),
+    CheckpointTurn(usize, u64),
     DiskDone(usize, u64),
-    Applied(usize, u64),
     HubWork(usize, u64),
-    ConfChanged(usize, u64, ConfChanged),
     /// The hash of a compaction is computed.
     Hashed(usize, u64, Option<HashKv>),
     Unreachable(usize, u64, u64),
     Message(usize, Box<raftpb::Message>),
     /// A database is taken and sent; it arrives; its store is complete.
     SendSnapshot(usize, u64, Box<raftpb::Message>),
-    Snapshot(usize, (usize, u64), Box<raftpb::Message>, Bytes, Expected),
-    StepSnapshot(usize, u64),
+    Snapshot(usize, Box<Arrived>),
+    /// The store of a snapshot is complete.
+    Built(usize, u64),
     SnapshotReport(usize, u64, u64, bool),
     Client(usize),
     Request(OpId),
@@ -71,6 +76,8 @@ pub enum Event {
     Restart(usize),
     RoomAgain(usize),
     Removed(usize, u64),
+    /// It has had time to hand over, and ends in order.
+    Stopped(usize, u64),
     Replace(usize),
 }
 
@@ -103,6 +110,8 @@ pub struct World {
     pub late: f64,
     /// Until when a client has been promised that a lease lives.
     pub promised: BTreeMap<i64, u64>,
+    /// When a client heard that its revocation was done.
+    pub revoked_at: BTreeMap<i64, u64>,
     /// When a lease ran out and was revoked.
     pub expired: BTreeMap<i64, u64>,
     pub revocations_seen: usize,
@@ -116,6 +125,8 @@ pub struct World {
     pub is_calm: bool,
     /// Clients begin nothing new.
     pub is_closing: bool,
+    /// Watches had time to hear of progress by themselves.
+    pub is_reported: bool,
     pub digest: u64,
     pub stats: Stats,
     /// What happened last, if somebody wants to read it.
@@ -145,7 +156,7 @@ impl World {
         let first: Vec<_> = first.collect();
         let clients = (0..config.clients).map(|_| Client::new(rng.random_range(0..config.members))).collect();
         let watchers = (0..config.watchers).map(|_| Watcher::new(&mut rng, |rng| key(rng, config.keys))).collect();
-        let mut world = Self {
+        Self {
             now: 0,
             base: Instant::now(),
             queue: BTreeMap::new(),
@@ -160,6 +171,7 @@ impl World {
             loss: (config.loss, u64::MAX),
             late: config.late,
             promised: BTreeMap::new(),
+            revoked_at: BTreeMap::new(),
             expired: BTreeMap::new(),
             revocations_seen: 0,
             requests: BTreeMap::new(),
@@ -169,29 +181,34 @@ impl World {
             next_lease: 1,
             is_calm: false,
             is_closing: false,
+            is_reported: false,
             digest: 0xcbf2_9ce4_8422_2325,
             stats: Stats::default(),
             timeline: verbose.then(VecDeque::new),
             timeline_max: crate::variable("SIM_LINES").unwrap_or(300) as usize,
             rng,
             plan,
-        };
-        for m in 0..world.members.len() {
-            world.start(m);
         }
-        for client in 0..world.clients.len() {
-            let at = world.rng.random_range(0..2 * SECOND);
-            world.at(at, Event::Client(client));
+    }
+
+    /// Everybody starts.
+    pub fn begin_all(&mut self) {
+        for m in 0..self.members.len() {
+            self.members[m].skew = self.rng.random_range(SKEW);
+            self.start(m);
         }
-        for watcher in 0..world.watchers.len() {
-            let at = world.rng.random_range(0..3 * SECOND);
-            world.at(at, Event::Watcher(watcher));
+        for client in 0..self.clients.len() {
+            let at = self.rng.random_range(0..2 * SECOND);
+            self.at(at, Event::Client(client));
         }
-        for fault in 0..world.plan.faults.len() {
-            let at = world.plan.faults[fault].at;
-            world.at(at, Event::Fault(fault));
+        for watcher in 0..self.watchers.len() {
+            let at = self.rng.random_range(0..3 * SECOND);
+            self.at(at, Event::Watcher(watcher));
         }
-        world
+        for fault in 0..self.plan.faults.len() {
+            let at = self.plan.faults[fault].at;
+            self.at(at, Event::Fault(fault));
+        }
     }
 
     pub fn config(&self) -> &Config {
@@ -270,14 +287,17 @@ impl World {
             Event::Tick(m, e)
             | Event::Sync(m, e)
             | Event::LeaseTick(m, e)
+            | Event::RaftTurn(m, e)
+            | Event::ApplyTurn(m, e)
+            | Event::LeaseTurn(m, e)
+            | Event::CheckpointTurn(m, e)
             | Event::DiskDone(m, e)
-            | Event::Applied(m, e)
             | Event::HubWork(m, e)
-            | Event::ConfChanged(m, e, _)
             | Event::Hashed(m, e, _)
             | Event::Unreachable(m, e, _)
             | Event::SendSnapshot(m, e, _)
-            | Event::StepSnapshot(m, e)
+            | Event::Built(m, e)
+            | Event::Stopped(m, e)
             | Event::SnapshotReport(m, e, ..)
             | Event::WatchRequest(_, m, e, _)
             | Event::Removed(m, e) => Some((*m, Some(*e))),
@@ -298,40 +318,30 @@ impl World {
             }
             self.note(&[self.now, m as u64]);
         }
+        let mut kind = DefaultHasher::new();
+        std::mem::discriminant(&event).hash(&mut kind);
+        self.note(&[kind.finish()]);
+        let concerned = Self::whose(&event).map(|(m, _)| m);
         match event {
             Event::Tick(m, epoch) => self.tick(m, epoch),
             Event::Sync(m, epoch) => self.sync(m, epoch),
-            Event::LeaseTick(m, epoch) => {
-                self.lease_tick(m);
-                self.after(50 * MS, Event::LeaseTick(m, epoch));
-            }
+            Event::LeaseTick(m, epoch) => self.lease_tick(m, epoch),
+            Event::RaftTurn(m, _) => self.raft_turn(m),
+            Event::ApplyTurn(m, _) => self.apply_turn(m),
+            Event::LeaseTurn(m, _) => self.lease_turn(m),
+            Event::CheckpointTurn(m, _) => self.checkpoint_turn(m),
             Event::DiskDone(m, _) => self.disk_done(m),
-            Event::Applied(m, _) => self.apply(m),
             Event::HubWork(m, _) => self.hub_work(m),
-            Event::ConfChanged(m, _, done) => {
-                let process = self.process(m);
-                process.raft.conf_changed(done, &mut process.output);
-                self.turn(m);
-            }
-            Event::Hashed(m, _, hash) => {
-                self.process(m).core.hashed(hash);
-                self.commit(m);
-                self.turn(m);
-            }
-            Event::Unreachable(m, _, id) => {
-                self.process(m).raft.unreachable(id);
-                self.turn(m);
-            }
+            Event::Hashed(m, _, hash) => drop(self.process(m).apply_tx.control(apply::Control::Hashed(hash))),
+            Event::Unreachable(m, _, id) => drop(self.process(m).raft_tx.control(raft::Control::Unreachable(id))),
             Event::Message(m, message) => self.deliver(m, *message),
             Event::SendSnapshot(m, epoch, message) => self.send_snapshot(m, epoch, message),
-            Event::Snapshot(m, from, message, file, expected) => {
-                self.snapshot_arrives(m, from, *message, file, expected)
-            }
-            Event::StepSnapshot(m, _) => self.step_snapshot(m),
+            Event::Snapshot(m, arrived) => self.snapshot_arrives(m, *arrived),
+            Event::Built(m, _) => self.built(m),
             Event::SnapshotReport(m, _, to, delivered) => {
-                self.process(m).raft.snapshot_sent(to, delivered);
-                self.turn(m);
+                self.process(m).raft_tx.control(raft::Control::SnapshotSent { to, delivered });
             }
+            Event::Stopped(m, _) => self.stop(m),
             Event::Client(client) => self.client_turn(client),
             Event::Request(op) => self.request(op),
             Event::Forwarded(m, op) => self.renew(m, op),
@@ -349,6 +359,9 @@ impl World {
                 self.members[m].lost = Some("removed".to_owned());
             }
             Event::Replace(m) => self.replace(m),
+        }
+        if let Some(m) = concerned {
+            self.pump(m);
         }
     }
 
@@ -376,23 +389,32 @@ impl World {
             return;
         }
         let seed = self.plan.seed;
-        let (config, now) = (self.plan.config.clone(), self.now);
+        let (config, now, instant) = (self.plan.config.clone(), self.now, self.instant());
         let first = std::mem::take(&mut self.first);
-        let started = self.members[m].start(&config, &first, now, seed);
+        let started = self.members[m].start(&config, &first, now, instant, seed);
         self.first = first;
         let member = &mut self.members[m];
         member.restart_at = None;
+        let (id, members_said_so) = (member.id, std::mem::take(&mut member.is_flipped));
         match started {
             Ok(process) => {
                 member.process = Some(process);
                 let epoch = member.epoch;
-                let applied = self.process(m).applied;
+                let applied = self.process(m).applied();
                 self.say(|| format!("m{m} starts, applied {applied}"));
+                // Whatever happened to its log: what it says is what was written.
+                let recovered = std::mem::take(&mut self.process(m).recovered);
+                self.truth.recovered(id, &recovered);
+                let revision = self.process(m).view.load().kv.revision;
+                self.truth.starts(id, applied, revision);
+                if members_said_so {
+                    self.mark("a flipped bit did no harm");
+                }
                 let offset = self.draw((0, TICK));
                 self.after(offset, Event::Tick(m, epoch));
                 self.after(config.sync_interval, Event::Sync(m, epoch));
                 self.after(50 * MS, Event::LeaseTick(m, epoch));
-                self.turn(m);
+                self.pump(m);
             }
             Err(reason) => {
                 if member.full_until > now || reason.contains("injected failure") {
@@ -401,7 +423,9 @@ impl World {
                     return self.restart_after(m, at - now + MS);
                 }
                 assert!(member.may_refuse || reason == "removed", "m{m} does not start any more: {reason}");
-                self.mark("damaged data is refused at start");
+                if reason != "removed" {
+                    self.mark("damaged data is refused at start");
+                }
                 self.say(|| format!("m{m} refuses to start: {reason}"));
                 self.members[m].lost = Some(reason);
                 self.after(100 * MS, Event::Replace(m));
@@ -415,14 +439,28 @@ impl World {
         self.say(|| format!("m{m} crashes{}", if power { ", the power is gone" } else { "" }));
         let member = &mut self.members[m];
         member.paused_until = 0;
-        if power && !process.in_hand.is_empty() {
-            // In the middle of a write.
-            let fault = [None, Some(DiskFault::Write), Some(DiskFault::Sync), Some(DiskFault::Sync)];
-            if let Some(fault) = fault[self.rng.random_range(0..4)] {
-                self.members[m].disk.fail(fault, 1);
-                let jobs = std::mem::take(&mut process.in_hand);
+        member.is_store_broken = false;
+        let jobs = std::mem::take(&mut process.in_hand);
+        if !jobs.is_empty() {
+            // In the middle of a write: nothing of it is there, or a part, or all though nobody was told.
+            let faults = [Some(DiskFault::Write), Some(DiskFault::Sync), Some(DiskFault::Sync), None, None];
+            let choice = self.rng.random_range(0..=faults.len());
+            if let Some(fault) = faults.get(choice) {
+                if let Some(fault) = fault {
+                    self.members[m].disk.fail(*fault, 1);
+                } else {
+                    self.mark("a write is complete, and nobody was told");
+                }
                 let _ = write(&mut process.writer, jobs);
             }
+        }
+        // Who sends it a database sees the connection break.
+        let coming = process.incoming.iter().map(|arrived| arrived.from);
+        let coming = coming.chain(process.receiving.iter().map(|receiving| receiving.from));
+        let coming: Vec<_> = coming.flatten().collect();
+        let id = self.members[m].id;
+        for (from, epoch) in coming {
+            self.after(MS, Event::SnapshotReport(from, epoch, id, false));
         }
         drop(process);
         let seed = self.rng.random_range(0..u64::MAX);
@@ -433,7 +471,7 @@ impl World {
             member.disk.kill()
         }
         let rng = &mut self.rng;
-        member.stores.crash(power, |unsynced| rng.random_range(0..=unsynced));
+        member.stores().crash(power, |unsynced| rng.random_range(0..=unsynced));
         self.connections_break(m);
     }
 
@@ -549,20 +587,19 @@ impl World {
         if message.r#type() == MessageType::MsgAppResp && message.reject() {
             self.mark("an append was rejected, and is sent again");
         }
-        if let Err(reason) = self.process(m).raft.step(message) {
-            assert!(self.members[m].may_refuse, "members send what members take: {reason}");
-            // Its operator sees the warning, and replaces it.
-            self.mark("a log that lost its end is noticed by what the leader says");
-            self.crash(m, false);
-            self.members[m].lost = Some(reason.to_owned());
-            return self.after(100 * MS, Event::Replace(m));
+        if message.r#type() == MessageType::MsgTimeoutNow {
+            self.mark("leadership handed over");
         }
-        self.turn(m);
+        let process = self.process(m);
+        // Without room it is dropped.
+        if let Some(permit) = process.messages.try_enter(raft::message_bytes(&message)) {
+            let _ = process.raft_tx.try_send(Input::Step(Box::new(message), permit));
+        }
     }
 
     pub fn send_snapshot(&mut self, m: usize, epoch: u64, message: Box<raftpb::Message>) {
         let least = message.snapshot.as_ref().and_then(|s| s.metadata.as_ref()).map_or(0, |meta| meta.index());
-        if self.process(m).applied < least {
+        if self.process(m).applied() < least {
             return self.after(10 * MS, Event::SendSnapshot(m, epoch, message));
         }
         let (file, expected) = self.members[m].export();
@@ -576,10 +613,12 @@ impl World {
         let to = message.to();
         let arrives = self.draw(self.plan.config.snapshot_transfer);
         let lost = self.rng.random_bool(self.plan.config.snapshot_loss);
+        let is_cut = lost && self.rng.random_bool(0.5);
         match self.index_of(to) {
-            Some(to) if !lost && !self.is_cut(m, to) => {
+            Some(to) if (!lost || is_cut) && !self.is_cut(m, to) => {
                 self.say(|| format!("m{m} sends m{to} a snapshot of {}", expected.index));
-                self.after(arrives, Event::Snapshot(to, (m, epoch), message, file, expected));
+                let arrived = Arrived { from: Some((m, epoch)), message: *message, file, expected, is_cut };
+                self.after(arrives, Event::Snapshot(to, Box::new(arrived)));
             }
             _ => {
                 self.mark("snapshot send interrupted");
@@ -588,290 +627,105 @@ impl World {
         }
     }
 
-    pub fn snapshot_arrives(
-        &mut self,
-        m: usize,
-        (from, epoch): (usize, u64),
-        message: raftpb::Message,
-        file: Bytes,
-        expected: Expected,
-    ) {
+    pub fn snapshot_arrives(&mut self, m: usize, mut arrived: Arrived) {
+        let (from, epoch) = arrived.from.expect("its sender is named");
         let id = self.members[m].id;
-        let delivered = self.is_up(m) && !self.is_cut(from, m);
-        self.after(MS, Event::SnapshotReport(from, epoch, id, delivered));
-        if !delivered {
-            return;
+        if !self.is_up(m) || self.is_cut(from, m) {
+            return self.after(MS, Event::SnapshotReport(from, epoch, id, false));
         }
-        if self.process(m).is_receiving {
+        if arrived.is_cut {
+            let kept = self.rng.random_range(0..arrived.file.len());
+            arrived.file.truncate(kept);
+        }
+        if !arrived.is_cut && self.rng.random_bool(0.3) {
+            // It came whole, and the connection broke before its sender heard of it.
+            self.after(MS, Event::SnapshotReport(from, epoch, id, false));
+            arrived.from = None;
+        }
+        if self.process(m).receiving.is_some() {
             self.mark("a second snapshot while one is taken in");
         }
-        if self.process(m).raft.reading().leader == 0 {
+        if self.process(m).reading().leader == 0 {
             self.mark("snapshot during an election");
         }
-        self.process(m).incoming.push_back((message, file, expected));
+        self.process(m).incoming.push_back(arrived);
         self.receive(m);
+        self.pump(m);
+    }
+
+    fn report(&mut self, m: usize, from: Option<(usize, u64)>, delivered: bool) {
+        let id = self.members[m].id;
+        if let Some((from, epoch)) = from {
+            self.after(MS, Event::SnapshotReport(from, epoch, id, delivered));
+        }
     }
 
     /// One database is taken in at a time.
     pub fn receive(&mut self, m: usize) {
-        let process = self.process(m);
-        if process.is_receiving {
-            return;
+        while self.process(m).receiving.is_none()
+            && let Some(arrived) = self.process(m).incoming.pop_front()
+        {
+            let Arrived { from, message, file, expected, is_cut } = arrived;
+            let index = expected.index;
+            let is_news = index > self.process(m).applied();
+            if is_news || is_cut {
+                let built = self.members[m].stores().build(file, &expected);
+                if is_cut {
+                    assert!(built.is_err(), "a part of a database is taken for a whole");
+                    self.mark("a part of a snapshot is refused");
+                    self.report(m, from, false);
+                    continue;
+                }
+                built.expect("a member's snapshot can be taken in");
+            }
+            let receiving = Receiving { from, index, is_news, taken: None, is_taken: false, message: Some(message) };
+            self.process(m).receiving = Some(receiving);
+            let (took, epoch) = (self.draw(self.plan.config.disk), self.members[m].epoch);
+            self.after(took, Event::Built(m, epoch));
         }
-        let Some((_, file, expected)) = process.incoming.front().cloned() else { return };
-        process.is_receiving = true;
-        let epoch = self.members[m].epoch;
-        if expected.index > self.process(m).applied {
-            self.members[m].prepare(file, &expected).expect("a member's snapshot can be taken in");
-        }
-        let took = self.draw(self.plan.config.disk);
-        self.after(took, Event::StepSnapshot(m, epoch));
     }
 
-    pub fn step_snapshot(&mut self, m: usize) {
+    pub fn built(&mut self, m: usize) {
+        let process = self.members[m].process.as_mut().expect("looked up before");
+        let receiving = process.receiving.as_mut().expect("one is being taken in");
+        let (index, is_news) = (receiving.index, receiving.is_news);
+        let (told, taken) = oneshot::channel();
+        receiving.taken = Some(taken);
+        let message = receiving.message.take().expect("asked once");
+        process.raft_tx.control(raft::Control::Snapshot(Box::new(message), told));
+        if is_news {
+            self.members[m].stores().complete(index);
+        }
+    }
+
+    /// Whether the database in hand has come to its end.
+    pub fn look_at_snapshot(&mut self, m: usize) {
+        let process = self.members[m].process.as_mut().expect("looked up before");
+        let applied = process.applied();
+        let Some(receiving) = &mut process.receiving else { return };
+        let Receiving { from, index, is_news, .. } = *receiving;
+        if let Some(taken) = &mut receiving.taken {
+            match taken.try_recv() {
+                Ok(is_taken) => {
+                    receiving.taken = None;
+                    receiving.is_taken = is_taken;
+                    if !is_taken && is_news {
+                        self.members[m].stores().discard(index);
+                        self.mark("raft has no use for a snapshot");
+                    }
+                }
+                Err(_) => return,
+            }
+        }
         let process = self.process(m);
-        let (message, _, expected) = process.incoming.pop_front().expect("one is being taken in");
-        process.raft.step(message).expect("members send what members take");
-        let is_taken = process.raft.has_snapshot();
+        let receiving = process.receiving.as_ref().expect("looked at above");
+        let is_asked = receiving.message.is_none() && receiving.taken.is_none();
         // The next one waits until this one is in use.
-        process.is_receiving = is_taken && process.applied < expected.index;
-        self.turn(m);
-        if self.is_up(m) && !self.process(m).is_receiving {
+        if is_asked && (!receiving.is_taken || applied >= index) {
+            process.receiving = None;
+            self.report(m, from, true);
             self.receive(m);
         }
-    }
-
-    // raft, log, apply
-
-    pub fn tick(&mut self, m: usize, epoch: u64) {
-        let instant = self.instant();
-        let process = self.process(m);
-        process.status.ticked(instant);
-        process.raft.tick(instant);
-        self.after(TICK, Event::Tick(m, epoch));
-        self.turn(m);
-    }
-
-    /// Carries out what the core asks for, and what follows from that at once.
-    pub fn turn(&mut self, m: usize) {
-        if !self.is_up(m) {
-            return;
-        }
-        let most = self.plan.config.apply_queue;
-        let process = self.process(m);
-        let (room, apply) = (process.wal_queue.len() < 64, process.work.len() < most);
-        process.raft.poll(process.applied, Room { log: room, apply }, &mut process.output);
-        let output = std::mem::take(&mut process.output);
-        process.wal_queue.extend(output.appends.into_iter().map(Job::Append));
-        process.installs.extend(output.install);
-        process.work.extend(output.committed);
-        for (reply, outcome) in output.answers {
-            reply.answer(outcome);
-        }
-        for message in output.messages {
-            self.send(m, message);
-        }
-        self.disk_begin(m);
-        self.apply_begin(m);
-        self.follow_leadership(m);
-        self.collect(m);
-    }
-
-    pub fn disk_begin(&mut self, m: usize) {
-        let now = self.now;
-        let process = self.process(m);
-        if !process.in_hand.is_empty() || process.wal_queue.is_empty() {
-            return;
-        }
-        process.in_hand = process.wal_queue.drain(..).collect();
-        let (each, until) = self.members[m].slow;
-        let slow = if until > now { each } else { 0 };
-        let took = self.draw(self.plan.config.disk) + slow;
-        let epoch = self.members[m].epoch;
-        self.after(took, Event::DiskDone(m, epoch));
-    }
-
-    pub fn disk_done(&mut self, m: usize) {
-        let process = self.process(m);
-        let jobs = std::mem::take(&mut process.in_hand);
-        match write(&mut process.writer, jobs) {
-            Ok(done) => {
-                for number in done.persisted {
-                    process.raft.persisted(number, &mut process.output);
-                }
-                for index in done.compacted {
-                    process.raft.compact(index);
-                }
-                self.turn(m);
-            }
-            Err(e) => {
-                // Nothing more is acknowledged, the process ends.
-                self.say(|| format!("m{m} ends: {e}"));
-                self.mark("the log's disk failed");
-                self.crash(m, false);
-                let down = self.draw((100 * MS, SECOND));
-                self.restart_after(m, down);
-            }
-        }
-    }
-
-    pub fn apply_begin(&mut self, m: usize) {
-        let process = self.process(m);
-        let waits = process.is_applying
-            || (process.work.is_empty() && process.installs.is_empty() && !process.core.is_cleaning());
-        if !waits {
-            process.is_applying = true;
-            let (each, until) = self.members[m].slow_apply;
-            let slow = if until > self.now { each } else { 0 };
-            let took = self.draw(self.plan.config.apply) + slow;
-            let epoch = self.members[m].epoch;
-            self.after(took, Event::Applied(m, epoch));
-        }
-    }
-
-    /// One turn of the applier: control first, then a batch, then a slice of clean-up.
-    pub fn apply(&mut self, m: usize) {
-        self.process(m).is_applying = false;
-        if let Some(install) = self.process(m).installs.pop_front() {
-            self.say(|| format!("m{m} installs the snapshot of {}", install.index));
-            self.mark("snapshot installed");
-            self.members[m].install(install);
-            self.publish(m, Vec::new());
-            let process = self.process(m);
-            process.raft.installed(install.index);
-            if process.is_receiving {
-                process.is_receiving = false;
-                self.receive(m);
-            }
-            return self.turn(m);
-        }
-        let most = self.plan.config.batch;
-        let mut taken = 0;
-        while taken < most
-            && let Some(entry) = self.process(m).work.pop_front()
-        {
-            taken += 1;
-            let id = self.members[m].id;
-            let (index, term, conf_change) = (entry.index, entry.term, entry.conf_change);
-            self.truth.applied(id, index, term, &entry.data, conf_change);
-            self.process(m).core.apply(entry);
-            // Compared with the other members at these places, so a batch ends there.
-            let is_new = self.process(m).core.applied_index() == index;
-            if is_new && (index % 16 == 0 || conf_change) {
-                self.commit(m);
-                let hash = self.state_hash(m);
-                self.truth.state(id, index, hash);
-            }
-        }
-        self.commit(m);
-        if let Some(job) = self.process(m).core.take_hash_job() {
-            let hash = job.run().expect("memory is read");
-            let id = self.members[m].id;
-            self.truth.compaction(id, &hash);
-            let took = self.draw((MS, 300 * MS));
-            let epoch = self.members[m].epoch;
-            self.after(took, Event::Hashed(m, epoch, Some(hash)));
-        }
-        if self.process(m).core.is_cleaning() {
-            let keys = self.plan.config.clean;
-            self.process(m).core.clean_slice(keys);
-            self.commit(m);
-        }
-        self.revoked();
-        self.turn(m);
-    }
-
-    pub fn clean_all(&mut self, m: usize) {
-        while self.is_up(m) && self.process(m).core.is_cleaning() {
-            self.process(m).core.clean_slice(1_000);
-            self.commit(m);
-        }
-    }
-
-    pub fn commit(&mut self, m: usize) {
-        let effects = match self.process(m).core.commit() {
-            Ok(Some(effects)) => effects,
-            Ok(None) => return,
-            Err(e) => panic!("memory fails only when told to: {e}"),
-        };
-        self.publish(m, effects.changes);
-        let now_ms = self.now.div_ceil(MS);
-        let process = self.process(m);
-        for notice in effects.lease_notices {
-            match notice {
-                actd::apply::LeaseNotice::Granted { id, ttl } => process.expirer.on_granted(id, ttl, now_ms),
-                actd::apply::LeaseNotice::Gone { id } => process.expirer.on_revoked(id),
-            }
-        }
-        for (reply, outcome) in effects.answers {
-            reply.answer(outcome);
-        }
-        if let Some(done) = effects.conf_changed {
-            let epoch = self.members[m].epoch;
-            let delay = self.draw(self.plan.config.hub_delay);
-            self.after(delay, Event::ConfChanged(m, epoch, done));
-        }
-        let id = self.members[m].id;
-        if self.process(m).members().is_removed(id) {
-            let epoch = self.members[m].epoch;
-            self.after(SECOND, Event::Removed(m, epoch));
-        }
-    }
-
-    pub fn publish(&mut self, m: usize, changes: Vec<actd::mvcc::change::Change>) {
-        let capacity = self.plan.config.hub_queue;
-        let process = self.process(m);
-        let view = std::sync::Arc::new(process.core.view());
-        process.view.publish(view.clone());
-        process.applied = view.applied_index;
-        if process.streams.is_empty() {
-            return;
-        }
-        if process.published.len() >= capacity {
-            process.skipped = true;
-        } else {
-            let published = Published { view: view.kv.clone(), changes: changes.into(), raft_term: view.applied_term };
-            process.published.push_back(published);
-        }
-        self.wake_hub(m);
-    }
-
-    pub fn state_hash(&mut self, m: usize) -> u64 {
-        let process = self.process(m);
-        let view = process.view.load_full();
-        let hash = scan_kv(&view.kv, &*process.in_use, 0).expect("the newest view can be hashed");
-        let mut hash_all =
-            u64::from(hash.hash) ^ (hash.compact_revision as u64) << 40 ^ (hash.hash_revision as u64) << 20;
-        let mut add = |word: u64| hash_all = (hash_all ^ word).wrapping_mul(0x0000_0100_0000_01b3);
-        for (id, ttl, remaining) in view.leases.iter() {
-            [id as u64, ttl as u64, remaining as u64].into_iter().for_each(&mut add);
-        }
-        for member in view.members.iter() {
-            [member.id, u64::from(member.is_learner)].into_iter().for_each(&mut add);
-        }
-        view.members.removed().for_each(&mut add);
-        let leases: Vec<_> = view.leases.iter().collect();
-        self.say(|| format!("m{m} at {}: {hash:?} {leases:?}", view.applied_index));
-        hash_all
-    }
-
-    pub fn sync(&mut self, m: usize, epoch: u64) {
-        let (count, interval) = (self.plan.config.snapshot_count, self.plan.config.sync_interval);
-        let process = self.process(m);
-        let applied = process.applied;
-        if applied != process.synced {
-            actd::storage::Storage::sync(&*process.in_use).expect("memory fails only when told to");
-            process.synced = applied;
-            if applied - process.checkpointed > count {
-                process.checkpointed = applied;
-                if let Some(record) = process.raft.checkpoint(applied) {
-                    process.wal_queue.push_back(Job::Snapshot(record));
-                    self.mark("checkpoint");
-                }
-            }
-        }
-        self.after(interval, Event::Sync(m, epoch));
-        self.turn(m);
     }
 
     // The end
@@ -879,9 +733,9 @@ impl World {
     /// Members as the most advanced process knows them.
     pub fn membership(&self) -> Option<Members> {
         // Who begins to join knows nobody yet.
-        let belongs = |process: &&Process| process.members().get(process.settings.member_id).is_some();
+        let belongs = |process: &&Process| process.members().get(process.id).is_some();
         let up = self.members.iter().filter_map(|member| member.process.as_deref()).filter(belongs);
-        up.max_by_key(|process| process.applied).map(Process::members)
+        up.max_by_key(|process| process.applied()).map(Process::members)
     }
 
     /// Everybody who belongs to the cluster is up, has applied everything and knows the leader.
@@ -892,10 +746,10 @@ impl World {
             let Some(process) = self.index_of(member.id).and_then(|m| self.members[m].process.as_ref()) else {
                 return false;
             };
-            let now = process.raft.reading();
+            let now = process.reading();
             leader = if leader == 0 { now.leader } else { leader };
-            let done = process.applied == self.truth.executed && now.commit == self.truth.executed;
-            done && now.leader != 0 && now.leader == leader && !process.core.is_cleaning()
+            let done = process.applied() == self.truth.executed && now.commit == self.truth.executed;
+            done && now.leader != 0 && now.leader == leader && !process.apply.stepped.is_due()
         })
     }
 
@@ -904,18 +758,23 @@ impl World {
         let one = |(m, member): (usize, &Member)| match &member.process {
             None => format!("m{m} ({:x}) down, lost {:?}", member.id, member.lost),
             Some(process) => {
-                let now = process.raft.reading();
-                let (leader, applied, cleaning) = (now.leader, process.applied, process.core.is_cleaning());
-                format!(
-                    "m{m} ({:x}) leader {leader:x} commit {} applied {applied} cleaning {cleaning}",
-                    member.id, now.commit
-                )
+                let now = process.reading();
+                let (leader, applied, due) = (now.leader, process.applied(), process.apply.stepped.is_due());
+                format!("m{m} ({:x}) leader {leader:x} commit {} applied {applied} due {due}", member.id, now.commit)
             }
         };
         let members: Vec<String> = self.members.iter().enumerate().map(one).collect();
         let list = |members: &Members| members.iter().map(|m| format!("{:x} learner {}", m.id, m.is_learner)).collect();
         let known: Vec<String> = self.membership().as_ref().map(list).unwrap_or_default();
         format!("executed {}; cluster {known:?}; {}", self.truth.executed, members.join("; "))
+    }
+
+    /// No member owes anybody an answer.
+    pub fn has_answered(&self) -> bool {
+        let owes = |process: &Process| {
+            !process.waiters.is_empty() || !process.readers.is_empty() || !process.renewals.is_empty()
+        };
+        !self.members.iter().filter_map(|member| member.process.as_deref()).any(owes)
     }
 
     /// Nothing of an operation is under way any more.
@@ -945,37 +804,17 @@ impl World {
                 "m{m} holds other keys"
             );
             assert_eq!(view.kv.compact_revision, model.compacted, "m{m} compacted elsewhere");
-            hashes.insert(self.state_hash(m));
+            hashes.insert(state_hash(&view, &*self.process(m).in_use));
+            self.check_conf_state(m);
+            let id = self.members[m].id;
+            let index = view.applied_index;
+            self.truth.members(id, index, &view.members);
         }
         assert_eq!(hashes.len(), 1, "members hash to {hashes:x?} at the same revision");
         for watcher in &self.watchers {
-            watcher.finish(&self.truth.model);
+            watcher.finish(&self.truth.model, self.is_reported);
         }
     }
-}
-
-/// What the log's writer did.
-#[derive(Default)]
-struct Written {
-    persisted: Vec<u64>,
-    compacted: Vec<u64>,
-}
-
-/// As the log's actor: control first, then all appends as few writes.
-fn write(writer: &mut actd::wal::Writer, jobs: Vec<Job>) -> Result<Written, actd::wal::Error> {
-    let mut done = Written::default();
-    let (records, appends): (Vec<_>, Vec<_>) = jobs.into_iter().partition(|job| matches!(job, Job::Snapshot(_)));
-    for job in records.into_iter().chain(appends) {
-        match job {
-            Job::Snapshot(record) => {
-                writer.snapshot(&record)?;
-                done.compacted.push(record.index());
-            }
-            Job::Append(append) => done.persisted.extend(writer.add(append)?),
-        }
-    }
-    done.persisted.extend(writer.write()?);
-    Ok(done)
 }
 
 pub fn cluster_member(id: u64, is_learner: bool) -> ClusterMember {
