@@ -22,6 +22,7 @@ use crate::{
     raft::{self, Input, Install, message_bytes},
     snapshot::{
         self,
+        checksum::Checksum,
         export::Export,
         import::{self, Expected},
         v2,
@@ -122,6 +123,7 @@ impl Databases for Stores {
                 index: meta.index.unwrap_or(0),
                 term: meta.term.unwrap_or(0),
                 conf_state: meta.conf_state.unwrap_or_default(),
+                checksum: message.context.as_deref().and_then(Checksum::from_context),
             };
             let index = expected.index;
             let is_news = index > server.view.load().applied_index;
@@ -181,6 +183,7 @@ fn send(
         index: Some(export.index()),
         term: Some(export.term()),
     };
+    order.context = Some(layout.checksum.to_context().into());
     order.snapshot = Some(Snapshot { data: Some(v2::tree(export.members()).into()), metadata: Some(metadata) });
     if begin.send(Ok(order)).is_err() {
         return;

@@ -15,6 +15,7 @@ use prost::Message;
 use super::{
     Error, backup,
     bbolt::{Reader, Source, Visitor},
+    checksum::Checksum,
     export::{CONF_STATE, CONSISTENT_INDEX, STORAGE_VERSION, TERM},
 };
 use crate::{
@@ -39,6 +40,8 @@ pub struct Expected {
     pub index: u64,
     pub term: u64,
     pub conf_state: ConfState,
+    /// `None`: the sender says nothing of it, as etcd.
+    pub checksum: Option<Checksum>,
 }
 
 /// A complete store that is not in use yet.
@@ -120,7 +123,14 @@ pub fn fill(file: Box<dyn Source>, store: &dyn Storage, expected: Option<&Expect
     backup::verify(&*file)?;
     let mut filling = Filling::new(store);
     Reader::open(file)?.read(&mut filling)?;
-    let Filling { index, term, mut batch, .. } = filling;
+    let Filling { index, term, mut batch, checksum, .. } = filling;
+    if let Some(theirs) = expected.and_then(|expected| expected.checksum).filter(|theirs| *theirs != checksum) {
+        return Err(Error::Damaged(format!(
+            "the rows of the database file are not those that were sent: {} instead of {}",
+            checksum.to_context(),
+            theirs.to_context()
+        )));
+    }
     if index == 0 {
         return Err(Error::Refused("the database file says of no log entry that it was applied".to_owned()));
     }
@@ -182,6 +192,7 @@ struct Filling<'a> {
     term: u64,
     batch: WriteBatch,
     batch_bytes: usize,
+    checksum: Checksum,
 }
 
 impl<'a> Filling<'a> {
@@ -194,6 +205,7 @@ impl<'a> Filling<'a> {
             term: 0,
             batch: WriteBatch::default(),
             batch_bytes: 0,
+            checksum: Checksum::default(),
         }
     }
 
@@ -241,6 +253,7 @@ impl<'a> Filling<'a> {
 
 impl Visitor for Filling<'_> {
     fn bucket(&mut self, name: &[u8]) -> Result<(), Error> {
+        self.checksum.bucket(name);
         let known = Bucket::ALL.into_iter().find(|bucket| bucket.name().as_bytes() == name);
         // One without rows may pass.
         self.bucket = known.ok_or_else(|| String::from_utf8_lossy(name).into_owned());
@@ -248,6 +261,7 @@ impl Visitor for Filling<'_> {
     }
 
     fn row(&mut self, key: Bytes, value: Bytes) -> Result<(), Error> {
+        self.checksum.row(&key, &value);
         let bucket = match &self.bucket {
             Ok(bucket) => *bucket,
             Err(name) => {

@@ -8,6 +8,7 @@
 
 pub mod backup;
 pub mod bbolt;
+pub mod checksum;
 mod error;
 pub mod export;
 pub mod import;

@@ -12,6 +12,7 @@ use super::{
     Error,
     backup::{self, Part},
     bbolt::{Reader, Source, Visitor, Writer},
+    checksum::Checksum,
     export::Export,
     import::{self, Expected},
 };
@@ -355,7 +356,7 @@ fn files_this_version_would_misunderstand_are_refused() {
 
 fn expected() -> Expected {
     let conf_state = ConfState { voters: vec![10], learners: vec![11], ..Default::default() };
-    Expected { index: 42, term: 6, conf_state }
+    Expected { index: 42, term: 6, conf_state, checksum: None }
 }
 
 #[test]
@@ -370,6 +371,38 @@ fn file_must_be_of_the_snapshot_it_came_with() {
         let other_members = fill(&Expected { conf_state, ..expected() }).unwrap_err().to_string();
         assert!(other_members.contains("are not those of the snapshot"), "{other_members}");
     }
+}
+
+#[test]
+fn a_flipped_bit_is_noticed_by_the_checksum_that_came_along() {
+    let export = Export::take(&member_state()).unwrap();
+    let layout = export.measure(&mut || true).unwrap();
+    let mut file = Vec::new();
+    let sent = export.send(&layout, &mut |chunk| {
+        file.extend_from_slice(&chunk);
+        Ok(())
+    });
+    sent.unwrap();
+    let context = layout.checksum.to_context();
+    let checksum = Checksum::from_context(context.as_bytes());
+    assert_eq!(checksum, Some(layout.checksum));
+    assert_eq!(Checksum::from_context(b"of a later version"), None);
+    let expected = Expected { term: 5, checksum, ..expected() };
+    let fill = |file: Vec<u8>| {
+        let store = MemStorage::new();
+        import::fill(Box::new(Bytes::from(file)), &store, Some(&expected)).map(|_| rows(&store))
+    };
+    let whole = fill(file.clone()).unwrap();
+    let mut noticed = 0;
+    for at in (0..file.len()).step_by(3) {
+        let mut flipped = file.clone();
+        flipped[at] ^= 1 << (at % 8);
+        match fill(flipped) {
+            Ok(rows) => assert_eq!(rows, whole, "byte {at}"),
+            Err(_) => noticed += 1,
+        }
+    }
+    assert!(noticed > 100, "{noticed} of {}", file.len() / 3);
 }
 
 /// H-31: files of etcd 3.5.1 to 3.5.20 still have it as a learner.

@@ -386,8 +386,12 @@ impl Member {
             Ok(())
         });
         sent.expect("memory is written");
-        let expected =
-            Expected { index: export.index(), term: export.term(), conf_state: export.members().conf_state() };
+        let expected = Expected {
+            index: export.index(),
+            term: export.term(),
+            conf_state: export.members().conf_state(),
+            checksum: Some(layout.checksum),
+        };
         (file.into(), expected)
     }
 }
@@ -606,6 +610,8 @@ pub struct Arrived {
     pub expected: Expected,
     /// It broke off.
     pub is_cut: bool,
+    /// A bit of it flipped.
+    pub is_flipped: bool,
 }
 
 pub struct Process {

@@ -613,11 +613,12 @@ impl World {
         let to = message.to();
         let arrives = self.draw(self.plan.config.snapshot_transfer);
         let lost = self.rng.random_bool(self.plan.config.snapshot_loss);
-        let is_cut = lost && self.rng.random_bool(0.5);
+        let is_cut = lost && self.rng.random_bool(0.4);
+        let is_flipped = lost && !is_cut && self.rng.random_bool(0.5);
         match self.index_of(to) {
-            Some(to) if (!lost || is_cut) && !self.is_cut(m, to) => {
+            Some(to) if (!lost || is_cut || is_flipped) && !self.is_cut(m, to) => {
                 self.say(|| format!("m{m} sends m{to} a snapshot of {}", expected.index));
-                let arrived = Arrived { from: Some((m, epoch)), message: *message, file, expected, is_cut };
+                let arrived = Arrived { from: Some((m, epoch)), message: *message, file, expected, is_cut, is_flipped };
                 self.after(arrives, Event::Snapshot(to, Box::new(arrived)));
             }
             _ => {
@@ -637,7 +638,13 @@ impl World {
             let kept = self.rng.random_range(0..arrived.file.len());
             arrived.file.truncate(kept);
         }
-        if !arrived.is_cut && self.rng.random_bool(0.3) {
+        if arrived.is_flipped {
+            let mut file = arrived.file.to_vec();
+            let at = self.rng.random_range(0..file.len());
+            file[at] ^= 1 << self.rng.random_range(0..8);
+            arrived.file = file.into();
+        }
+        if !arrived.is_cut && !arrived.is_flipped && self.rng.random_bool(0.3) {
             // It came whole, and the connection broke before its sender heard of it.
             self.after(MS, Event::SnapshotReport(from, epoch, id, false));
             arrived.from = None;
@@ -665,7 +672,7 @@ impl World {
         while self.process(m).receiving.is_none()
             && let Some(arrived) = self.process(m).incoming.pop_front()
         {
-            let Arrived { from, message, file, expected, is_cut } = arrived;
+            let Arrived { from, message, file, expected, is_cut, is_flipped } = arrived;
             let index = expected.index;
             let is_news = index > self.process(m).applied();
             if is_news || is_cut {
@@ -676,6 +683,12 @@ impl World {
                     self.report(m, from, false);
                     continue;
                 }
+                if is_flipped && built.is_err() {
+                    self.mark("a snapshot with a flipped bit is refused");
+                    self.report(m, from, false);
+                    continue;
+                }
+                // One that flipped where nothing is does no harm: states are compared.
                 built.expect("a member's snapshot can be taken in");
             }
             let receiving = Receiving { from, index, is_news, taken: None, is_taken: false, message: Some(message) };

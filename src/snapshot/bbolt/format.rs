@@ -1,5 +1,6 @@
 //! Layouts of pages, of the two meta pages and of bucket headers. All numbers are little-endian.
 
+use crate::snapshot::checksum::Checksum;
 use bytes::BufMut;
 
 /// Of the files we write. Those we read say theirs.
@@ -118,6 +119,8 @@ pub struct Layout {
     pub root: u64,
     /// Of the file, the two metas included.
     pub pages: u64,
+    /// Of what is in it.
+    pub checksum: Checksum,
 }
 
 impl Layout {

@@ -16,7 +16,7 @@ use super::format::{
     BRANCH, BUCKET_ELEMENT, BUCKET_HEADER, COUNT_MAX, ELEMENT, KEY_MAX, LEAF, Layout, PAGE_HEADER, PAGE_SIZE,
     PageHeader, VALUE_MAX,
 };
-use crate::snapshot::Error;
+use crate::snapshot::{Error, checksum::Checksum};
 
 /// Bytes handed to the receiver at once; the last chunk may be shorter.
 pub const CHUNK: usize = 32 << 10;
@@ -28,6 +28,7 @@ pub type Sink<'a> = &'a mut dyn FnMut(Bytes) -> Result<(), Error>;
 pub struct Writer<'a> {
     out: Out<'a>,
     root: Tree,
+    checksum: Checksum,
     bucket: Option<Bucket>,
 }
 
@@ -50,12 +51,13 @@ impl<'a> Writer<'a> {
     }
 
     fn new(stream: Option<Stream<'a>>) -> Self {
-        Self { out: Out { stream, next: 2 }, root: Tree::new(), bucket: None }
+        Self { out: Out { stream, next: 2 }, root: Tree::new(), checksum: Checksum::default(), bucket: None }
     }
 
     /// Begins the next bucket.
     pub fn bucket(&mut self, name: &[u8]) -> Result<(), Error> {
         self.end_bucket()?;
+        self.checksum.bucket(name);
         self.bucket = Some(Bucket { name: name.to_vec(), rows: Tree::new() });
         Ok(())
     }
@@ -63,6 +65,7 @@ impl<'a> Writer<'a> {
     /// Adds a row to the bucket begun last.
     pub fn row(&mut self, key: &[u8], value: &[u8]) -> Result<(), Error> {
         let bucket = self.bucket.as_mut().expect("a row follows the name of its bucket");
+        self.checksum.row(key, value);
         bucket.rows.row(&mut self.out, 0, key, value)
     }
 
@@ -71,7 +74,7 @@ impl<'a> Writer<'a> {
         self.end_bucket()?;
         let root = self.root.finish(&mut self.out)?;
         self.out.flush()?;
-        Ok(Layout { root, pages: self.out.next })
+        Ok(Layout { root, pages: self.out.next, checksum: self.checksum })
     }
 
     fn end_bucket(&mut self) -> Result<(), Error> {
