@@ -720,30 +720,78 @@ fn an_id_that_comes_twice_answers_nobody_for_another_entry() {
 }
 
 #[test]
-fn what_no_member_could_survive_is_not_taken() {
+fn what_no_member_could_apply_is_not_taken() {
     let (mut cluster, leader) = Cluster::led(3);
     let follower = other(&cluster, leader);
     let term = cluster.nodes[&leader].core.reading().term;
-    let heartbeat = raftpb::Message {
-        r#type: Some(raftpb::MessageType::MsgHeartbeat.into()),
-        to: Some(follower),
-        from: Some(leader),
-        term: Some(term),
-        commit: Some(1_000_000),
-        ..Default::default()
-    };
-    assert!(cluster.node(follower).core.step(heartbeat).unwrap_err().contains("does not have"));
-    let proposal = |data: &'static [u8]| raftpb::Message {
+    let proposal = raftpb::Message {
         r#type: Some(raftpb::MessageType::MsgProp.into()),
         to: Some(leader),
         from: Some(follower),
-        entries: vec![raftpb::Entry { data: Some(Bytes::from_static(data)), ..Default::default() }],
+        entries: vec![raftpb::Entry { data: Some(Bytes::from_static(b"\xff\xff")), ..Default::default() }],
         ..Default::default()
     };
-    assert!(cluster.node(leader).core.step(proposal(b"\xff\xff")).unwrap_err().contains("no member can apply"));
+    assert!(cluster.node(leader).core.step(proposal).unwrap_err().contains("no member can apply"));
     cluster.ticks(5);
     cluster.agree();
     assert_eq!(cluster.nodes[&leader].core.reading().term, term);
+}
+
+/// What the process ends with when `doing` is done.
+fn ending(doing: impl FnOnce()) -> String {
+    let panic = std::panic::catch_unwind(std::panic::AssertUnwindSafe(doing)).expect_err("it must end");
+    panic.downcast_ref::<String>().expect("a text").clone()
+}
+
+#[test]
+fn a_log_that_lost_its_end_ends_the_process_at_its_leaders_word_alone() {
+    let (mut cluster, first) = Cluster::led(3);
+    let second = other(&cluster, first);
+    cluster.node(first).core.transfer(second);
+    cluster.ticks(2);
+    let (leader, follower) = (cluster.until_led(), first);
+    assert_eq!(leader, second);
+    let now = cluster.nodes[&leader].core.reading();
+    let heartbeat = |to, from, term, commit| raftpb::Message {
+        r#type: Some(raftpb::MessageType::MsgHeartbeat.into()),
+        to: Some(to),
+        from: Some(from),
+        term: Some(term),
+        commit: Some(commit),
+        ..Default::default()
+    };
+    // Not of a leader that is none any more, nor of one beside this member.
+    cluster.node(follower).core.step(heartbeat(follower, leader, now.term - 1, 1_000_000)).unwrap();
+    cluster.node(leader).core.step(heartbeat(leader, follower, now.term, 1_000_000)).unwrap();
+    cluster.node(follower).core.step(heartbeat(follower, leader, now.term, now.last_index)).unwrap();
+    cluster.ticks(5);
+    for term in [now.term, now.term + 1] {
+        let beyond = heartbeat(follower, leader, term, now.last_index + 1);
+        let text = ending(|| _ = cluster.node(follower).core.step(beyond));
+        assert!(text.contains("was its end lost") && text.contains("add it as a new one"), "{text}");
+        assert!(text.contains(&format!("entry {} ", now.last_index + 1)), "{text}");
+    }
+}
+
+#[test]
+fn a_wiped_member_gets_no_log_again_under_its_old_id() {
+    let (mut cluster, leader) = Cluster::led(3);
+    let follower = other(&cluster, leader);
+    for i in 0..5 {
+        cluster.propose(leader, &format!("k{i}"));
+        cluster.settle();
+    }
+    cluster.ticks(2);
+    // As one that joins a running cluster: it learns from the log who is in.
+    cluster.nodes.insert(follower, node(follower, &[]));
+    cluster.node(leader).core.unreachable(follower);
+    // Its leader sends before the next heartbeat, and hears how little is there. Given the log from there on, this
+    // member would go on voting although nobody knows for whom it has voted before.
+    cluster.propose(leader, "more");
+    cluster.settle();
+    assert!(cluster.nodes[&follower].disk.is_empty());
+    let text = ending(|| cluster.ticks(2));
+    assert!(text.contains("was its end lost"), "{text}");
 }
 
 #[test]

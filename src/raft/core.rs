@@ -214,13 +214,24 @@ impl Core {
         }
     }
 
-    /// A message of another member. What does not fit is told, for the log.
+    /// A message of another member. What does not fit is told, for the log. Panics if the log here has lost its end.
     pub fn step(&mut self, message: raftpb::Message) -> Result<(), &'static str> {
         let message = convert::message_from_pb(message, self.options.id)?;
         match message.msg_type {
-            MessageType::MsgHeartbeat if message.commit > self.node.raft.raft_log.last_index() => {
-                return Err("it says that entries are committed which this log does not have: was its end lost?");
+            MessageType::MsgHeartbeat if self.is_from_leader(&message) => {
+                let last = self.node.raft.raft_log.last_index();
+                assert!(
+                    message.commit <= last,
+                    "the leader {:x} says that entry {} is committed and that this member has acknowledged it, but the log \
+                     here ends at {last}: was its end lost? A member that has lost what it acknowledged could help to elect a \
+                     leader without it, so this one ends. Remove it from the cluster, empty its data directory and add it \
+                     as a new one",
+                    message.from,
+                    message.commit
+                );
+                drop(self.node.raft.step(message));
             }
+            MessageType::MsgAppendResponse if self.takes_back(&message) => {}
             // Others are asked to lead only when they are up to date.
             MessageType::MsgTimeoutNow if self.installing => {}
             MessageType::MsgPropose => {
@@ -235,6 +246,21 @@ impl Core {
             _ => drop(self.node.raft.step(message)),
         }
         Ok(())
+    }
+
+    /// Nobody leads in a term older than ours, and nobody else in one that this member leads.
+    fn is_from_leader(&self, message: &rs::Message) -> bool {
+        let term = self.node.raft.term;
+        message.term > term || message.term == term && !self.leads()
+    }
+
+    /// A follower that lacks entries it has acknowledged to this leader: an old message, or the end of its log was lost.
+    /// The crate would send them again, and nobody would know that its vote can no longer be trusted. Left alone, it
+    /// ends at the next heartbeat.
+    fn takes_back(&self, message: &rs::Message) -> bool {
+        let raft = &self.node.raft;
+        let is_to_leader = self.leads() && message.term == raft.term;
+        is_to_leader && message.reject && raft.prs().get(message.from).is_some_and(|p| message.reject_hint < p.matched)
     }
 
     /// True right after the step of a snapshot that raft goes on from.
