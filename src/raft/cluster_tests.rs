@@ -795,6 +795,67 @@ fn a_wiped_member_gets_no_log_again_under_its_old_id() {
 }
 
 #[test]
+fn nothing_beyond_a_log_is_taken_for_a_part_of_it() {
+    let (mut cluster, leader) = Cluster::led(3);
+    let follower = other(&cluster, leader);
+    let now = cluster.nodes[&leader].core.reading();
+    let append = raftpb::Message {
+        r#type: Some(raftpb::MessageType::MsgApp.into()),
+        to: Some(follower),
+        from: Some(leader),
+        term: Some(now.term),
+        index: Some(500),
+        ..Default::default()
+    };
+    let entry = |index, term| raftpb::Entry { index: Some(index), term: Some(term), ..Default::default() };
+    let behind_last = raftpb::Message { index: Some(now.last_index), log_term: Some(now.term), ..append.clone() };
+    for bad in [
+        append.clone(),
+        raftpb::Message { commit: Some(400), ..append.clone() },
+        raftpb::Message { entries: vec![entry(501, now.term)], commit: Some(501), ..append.clone() },
+        // Nothing is there as well.
+        raftpb::Message { entries: vec![entry(now.last_index + 1, 0)], commit: Some(400), ..behind_last },
+    ] {
+        cluster.node(follower).core.step(bad).unwrap_err();
+    }
+    // A term makes it a question whether that entry is here. It is not.
+    cluster.node(follower).core.step(raftpb::Message { log_term: Some(now.term), ..append }).unwrap();
+    cluster.work(follower);
+    let answer = cluster.network.pop().unwrap();
+    assert!(answer.reject() && answer.reject_hint() == now.last_index);
+    let id = cluster.propose(leader, "a");
+    cluster.ticks(2);
+    assert_eq!(cluster.outcome(id), Some(Ok(Response::Done)));
+    assert!(cluster.nodes.values().all(|n| n.core.reading().commit == now.last_index + 1));
+    cluster.agree();
+}
+
+#[test]
+fn an_answer_to_what_was_never_sent_acknowledges_nothing() {
+    let (mut cluster, leader) = Cluster::led(3);
+    let followers: Vec<u64> = cluster.nodes.keys().copied().filter(|id| *id != leader).collect();
+    let now = cluster.nodes[&leader].core.reading();
+    cluster.isolate(leader);
+    for index in [now.last_index + 1, 100, u64::MAX] {
+        for from in [followers[0], followers[1], leader] {
+            let accepted = raftpb::Message {
+                r#type: Some(raftpb::MessageType::MsgAppResp.into()),
+                to: Some(leader),
+                from: Some(from),
+                term: Some(now.term),
+                index: Some(index),
+                ..Default::default()
+            };
+            cluster.node(leader).core.step(accepted).unwrap_err();
+        }
+    }
+    let id = cluster.propose(leader, "alone");
+    cluster.settle();
+    assert_eq!(cluster.outcome(id), None);
+    assert_eq!(cluster.nodes[&leader].core.reading().commit, now.commit);
+}
+
+#[test]
 fn the_entry_of_a_membership_change_stays_until_it_is_in_force() {
     let mut cluster = Cluster::new(3);
     for (id, node) in &mut cluster.nodes {

@@ -231,6 +231,9 @@ impl Core {
                 );
                 drop(self.node.raft.step(message));
             }
+            MessageType::MsgAppendResponse if self.accepts_unsent(&message) => {
+                return Err("it accepts entries that this leader does not have");
+            }
             MessageType::MsgAppendResponse if self.takes_back(&message) => {}
             // Others are asked to lead only when they are up to date.
             MessageType::MsgTimeoutNow if self.installing => {}
@@ -254,13 +257,22 @@ impl Core {
         message.term > term || message.term == term && !self.leads()
     }
 
+    fn answers_this_leader(&self, message: &rs::Message) -> bool {
+        self.leads() && message.term == self.node.raft.term
+    }
+
+    /// The crate would count it for entries that come to these places later, and acknowledge them with nobody else having
+    /// them.
+    fn accepts_unsent(&self, message: &rs::Message) -> bool {
+        self.answers_this_leader(message) && !message.reject && message.index > self.node.raft.raft_log.last_index()
+    }
+
     /// A follower that lacks entries it has acknowledged to this leader: an old message, or the end of its log was lost.
     /// The crate would send them again, and nobody would know that its vote can no longer be trusted. Left alone, it
     /// ends at the next heartbeat.
     fn takes_back(&self, message: &rs::Message) -> bool {
-        let raft = &self.node.raft;
-        let is_to_leader = self.leads() && message.term == raft.term;
-        is_to_leader && message.reject && raft.prs().get(message.from).is_some_and(|p| message.reject_hint < p.matched)
+        let progress = self.node.raft.prs().get(message.from);
+        self.answers_this_leader(message) && message.reject && progress.is_some_and(|p| message.reject_hint < p.matched)
     }
 
     /// True right after the step of a snapshot that raft goes on from.
