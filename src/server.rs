@@ -85,9 +85,10 @@ fn rpc_runtimes() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// Why a member that was removed ends, and does not start again (C-17).
-pub const REMOVED: &str = "the member has been permanently removed from the cluster";
-pub const DATA_MUST_GO: &str = "data-dir used by this member must be removed";
+/// Why a member that was removed ends, and does not start again (C-17). No failure of this process.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error("the member has been permanently removed from the cluster")]
+pub struct Removed;
 
 /// A running member.
 pub struct Member {
@@ -406,7 +407,7 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
     tokio::select! {
         done = publish(&server, config, own_runtime) => done?,
         // A member that was removed while it was down: nobody lets it take part, so it would wait for ever.
-        () = server.removed.notified() => bail!("{REMOVED}; {DATA_MUST_GO}"),
+        () = server.removed.notified() => bail!(Removed),
     }
     tasks.push(tokio::spawn(versions::watch(server.clone(), own_runtime)));
     if restarted && config.feature_gates.enabled("InitialCorruptCheck") {

@@ -13,7 +13,7 @@ use tonic::{Code, Request, Status};
 
 use crate::{
     common::Client,
-    members::{Cluster, PATIENCE},
+    members::{Cluster, Member, PATIENCE},
     run,
 };
 
@@ -221,20 +221,22 @@ fn removed_members_end_and_do_not_start_again() {
             }
             let ran = cluster.members[which].is_running();
             let mut removed = cluster.remove(by, which).await;
-            let log = removed.log();
-            for words in [
-                r#""msg":"server error","error":"the member has been permanently removed from the cluster""#,
-                r#""msg":"data-dir used by this member must be removed""#,
-            ] {
-                assert_eq!(log.contains(words), ran, "{words} in:\n{log}");
-            }
+            let said = |member: &Member| {
+                let log = member.log();
+                [
+                    r#""msg":"server error","error":"the member has been permanently removed from the cluster""#,
+                    r#""msg":"data-dir used by this member must be removed""#,
+                ]
+                .map(|words| log.lines().filter(|line| line.contains(words)).count())
+            };
+            let [why, what] = said(&removed);
+            assert_eq!((why, what), (usize::from(ran), usize::from(ran)), "{}", removed.log());
             // Also where the others have to tell it.
             removed.start();
-            assert_eq!(removed.until_ended().await, Some(1));
-            let log = removed.log();
-            let last = log.lines().last().expect("a line");
-            assert!(last.contains(r#""level":"fatal""#), "{last}");
-            assert!(last.contains("the member has been permanently removed from the cluster"), "{last}");
+            assert_eq!(removed.until_ended().await, Some(0), "it is no failure, and no supervisor is to try again");
+            let [why, what] = said(&removed);
+            assert_eq!((why, what), (usize::from(ran) + 1, usize::from(ran) + 1), "{}", removed.log());
+            assert!(!removed.log().contains(r#""level":"fatal""#), "{}", removed.log());
             cluster.until_led().await;
             let term = cluster.term().await;
             let put = PutRequest { key: "k".into(), ..Default::default() };
