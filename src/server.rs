@@ -474,8 +474,9 @@ fn promote(server: &Arc<api::Server>, runtime: usize) -> Promote {
     Arc::new(move |id| {
         let server = server.clone();
         Box::pin(async move {
-            match server.promote_member(id, runtime).await {
-                Ok(members) => Ok(members.iter().cloned().collect()),
+            // Here or, as etcd does, at who leads now: leadership may have changed since it was asked.
+            match server.promote_anywhere(id, None, runtime).await {
+                Ok(members) => Ok(members),
                 Err(apply::Error::Member(Refusal::NotFound | Refusal::Removed)) => Err(PromoteError::NotFound),
                 Err(apply::Error::Member(Refusal::NotLearner)) => Err(PromoteError::NotLearner),
                 Err(apply::Error::LearnerNotReady) => Err(PromoteError::NotReady),

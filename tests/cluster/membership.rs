@@ -8,6 +8,7 @@ use actd::pb::etcdserverpb::{
     RangeRequest, StatusRequest, TxnRequest, WatchCreateRequest, WatchRequest, downgrade_request::DowngradeAction,
     watch_request::RequestUnion,
 };
+use actd::peer::client;
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Code, Request, Status};
 
@@ -165,6 +166,28 @@ fn voters_are_added_and_removed_only_where_it_is_safe() {
         let started = MemberRemoveRequest { id: cluster.members[1].id };
         refused(members.member_remove(started).await, Code::Unknown, NOT_STARTED);
         members.member_remove(MemberRemoveRequest { id: third.id }).await.expect("it never started");
+    });
+}
+
+#[test]
+fn promotions_asked_of_any_member_reach_the_leader() {
+    // C-22; http.md 4.3: also where another member asks.
+    run(|| async {
+        let cluster = Cluster::start(2, &[]).await;
+        cluster.until_led().await;
+        let patience = Duration::from_secs(5);
+        for member in &cluster.members {
+            let url = member.peer_url();
+            let refused = |id| client::promote(&url, id, None, patience);
+            let text = |e: client::Error| match e {
+                client::Error::Refused { status, text, .. } => (status, text.trim().to_owned()),
+                e => panic!("{e}"),
+            };
+            let unknown = text(refused(5).await.expect_err("nobody"));
+            assert_eq!(unknown, (404, "membership: ID not found".to_owned()));
+            let voter = text(refused(member.id).await.expect_err("a voter"));
+            assert_eq!(voter, (412, "membership: can only promote a learner member".to_owned()));
+        }
     });
 }
 
