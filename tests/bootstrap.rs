@@ -338,6 +338,25 @@ fn promotions_are_forwarded_with_the_caller_s_token() {
     assert!(!heads[1].contains("authorization"), "{}", heads[1]);
 }
 
+#[test]
+fn a_port_that_is_taken_leaves_nothing_behind() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let data = folder.path().join("a");
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let taken = taken.local_addr().expect("an address").port();
+    let [peer_port] = common::free_ports();
+    // What it would found goes with it: the next start is given another list.
+    let initial = |port| format!("--initial-cluster=a={}", url(port));
+    Starting::new(&data, "a", taken, &[&initial(taken)]).refused(&["cannot listen on", "Address already in use"]);
+    assert!(!data.exists());
+    let client = format!("--listen-client-urls={}", url(taken));
+    Starting::new(&data, "a", peer_port, &[&initial(peer_port), &client]).refused(&["cannot listen on"]);
+    assert!(!data.exists());
+    let mut member = Starting::new(&data, "a", peer_port, &[&initial(peer_port)]);
+    member.wait_until_healthy();
+    assert!(data.exists());
+}
+
 /// Status of the answer to a post on the peer port.
 fn post(port: u16, path: &str, headers: &str, body: &[u8]) -> u16 {
     use std::io::{Read, Write};
