@@ -249,12 +249,13 @@ impl Transport {
         let (message, first) = loop {
             let chunk = match next(&mut body).await {
                 Ok(Some(chunk)) => chunk,
-                Ok(None) => return undecodable(codec::Error::CutOff.to_string()),
+                Ok(None) => return undecodable(head.cut_off().to_owned()),
                 Err(e) => return undecodable(e.to_string()),
             };
             match head.push(&chunk) {
                 Ok(None) => {}
                 Ok(Some(found)) => break found,
+                Err(codec::Error::TooLong(_)) => return undecodable("rafthttp: error limit exceeded".to_owned()),
                 Err(e) => return undecodable(e.to_string()),
             }
         };
@@ -297,8 +298,7 @@ impl Transport {
             }
             Err(reason) => {
                 tracing::warn!(peer = hex(from), "cannot take in a database snapshot: {reason}");
-                let text = format!("failed to save KV snapshot ({reason})");
-                refuse(StatusCode::INTERNAL_SERVER_ERROR, &text)
+                refuse(StatusCode::INTERNAL_SERVER_ERROR, &reason)
             }
         }
     }

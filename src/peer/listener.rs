@@ -31,7 +31,7 @@ use crate::{
     config::Url,
     http::{
         HEAD_BYTES_MAX, HEADERS_MAX,
-        front::refusal,
+        front::{refusal, tidied},
         listener::{Claimed, Listener, claim},
     },
     telemetry::logs::Seldom,
@@ -255,8 +255,8 @@ impl<S: AsyncRead> body::Body for Watched<S> {
 
 impl Service {
     async fn answer(&self, request: Request<body::Incoming>) -> Result<Response<Body>, Cut> {
-        if let Some(refused) = refusal(&request) {
-            return Ok(refused.map(Body::Whole));
+        if let Some(answer) = refusal(&request).or_else(|| tidied(&request)) {
+            return Ok(answer.map(Body::Whole));
         }
         if is_raft(request.uri().path()) {
             return self.transport.handle(request).await;
