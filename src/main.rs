@@ -79,6 +79,10 @@ async fn run(config: &config::Config, log: &logs::Guard) -> End {
     };
     let member = match started {
         Ok(member) => member,
+        Err(e) if e.is::<server::Removed>() => {
+            say_removed(log);
+            return End::Exit(ExitCode::SUCCESS);
+        }
         Err(e) => {
             log.notice(&config::Notice::fatal("cannot start the server").with("error", format!("{e:#}")));
             return End::Exit(ExitCode::FAILURE);
@@ -88,8 +92,7 @@ async fn run(config: &config::Config, log: &logs::Guard) -> End {
         _ = interrupt.recv() => End::Signal(Signal::INT),
         _ = terminate.recv() => End::Signal(Signal::TERM),
         () = member.removed() => {
-            log.notice(&config::Notice::warn("server error").with("error", server::REMOVED));
-            log.notice(&config::Notice::warn(server::DATA_MUST_GO));
+            say_removed(log);
             // The others' last messages, and answers to who asked for it.
             tokio::time::sleep(std::time::Duration::from_secs(1)).await;
             End::Exit(ExitCode::SUCCESS)
@@ -97,4 +100,9 @@ async fn run(config: &config::Config, log: &logs::Guard) -> End {
     };
     member.stop().await;
     end
+}
+
+fn say_removed(log: &logs::Guard) {
+    log.notice(&config::Notice::warn("server error").with("error", server::Removed.to_string()));
+    log.notice(&config::Notice::warn("data-dir used by this member must be removed"));
 }

@@ -29,7 +29,7 @@ use crate::{
     api,
     apply::{self, ApplyActor, Replies, ViewCell},
     cluster::{Refusal, bootstrap},
-    config::{Config, GoDuration},
+    config::{Config, GoDuration, Url},
     http::{
         front::Front,
         listener,
@@ -37,7 +37,7 @@ use crate::{
     },
     lease::{self, Expirer},
     peer::{
-        self, Bound, Listening, Transport,
+        self, Listening, Transport,
         endpoints::{Endpoints, Promote, PromoteError},
     },
     raft::{self, RaftActor},
@@ -85,9 +85,10 @@ fn rpc_runtimes() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// Why a member that was removed ends, and does not start again (C-17).
-pub const REMOVED: &str = "the member has been permanently removed from the cluster";
-pub const DATA_MUST_GO: &str = "data-dir used by this member must be removed";
+/// Why a member that was removed ends, and does not start again (C-17). No failure of this process.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error("the member has been permanently removed from the cluster")]
+pub struct Removed;
 
 /// A running member.
 pub struct Member {
@@ -106,6 +107,9 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
     let began = Instant::now();
     let descriptors = Descriptors::of_this_process(rpc_runtimes())?;
     let store_options = fjall::Options { open_tables: descriptors.tables, ..fjall::Options::default() };
+    // Before anything is written: a port that is taken must not leave data behind that a corrected start goes on from.
+    let peer_port = peer::Claims::new(&config.listen_peer_urls, config.socket_reuse_port).await?;
+    let client_ports = claim(config).await?;
     let opened = data::open(config, &store_options).await?;
     let ids = opened.ids;
     let restarted = opened.core.applied_index() > 0;
@@ -223,8 +227,7 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
         let endpoints = endpoints.clone();
         Box::pin(async move { endpoints.answer(request).await })
     });
-    let peer_port = Bound::bind(&config.listen_peer_urls, config.socket_reuse_port).await?;
-    let peer_port = peer_port.serve(&peer_arbiter, &transport, &answer, descriptors.peers);
+    let peer_port = peer_port.listen()?.serve(&peer_arbiter, &transport, &answer, descriptors.peers);
     for url in &config.listen_peer_urls {
         tracing::info!(address = %url, "serving peers");
     }
@@ -407,7 +410,7 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
     tokio::select! {
         done = publish(&server, config, own_runtime) => done?,
         // A member that was removed while it was down: nobody lets it take part, so it would wait for ever.
-        () = server.removed.notified() => bail!("{REMOVED}; {DATA_MUST_GO}"),
+        () = server.removed.notified() => bail!(Removed),
     }
     tasks.push(tokio::spawn(versions::watch(server.clone(), own_runtime)));
     if restarted && config.feature_gates.enabled("InitialCorruptCheck") {
@@ -427,7 +430,7 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
     let limits = Limits { max_concurrent_streams: config.max_concurrent_streams, pings: config.server_pings() };
     let front = Front::new(&config.cors, &config.host_whitelist);
     let runtimes = Arc::new(Runtimes::start(&server, parts, &limits, front));
-    let listeners = listen(config, &runtimes, descriptors.clients).await?;
+    let listeners = listen(client_ports, &runtimes, descriptors.clients)?;
     tracing::info!(
         member_id = format!("{:x}", ids.member),
         cluster_id = format!("{:x}", ids.cluster),
@@ -474,8 +477,9 @@ fn promote(server: &Arc<api::Server>, runtime: usize) -> Promote {
     Arc::new(move |id| {
         let server = server.clone();
         Box::pin(async move {
-            match server.promote_member(id, runtime).await {
-                Ok(members) => Ok(members.iter().cloned().collect()),
+            // Here or, as etcd does, at who leads now: leadership may have changed since it was asked.
+            match server.promote_anywhere(id, None, runtime).await {
+                Ok(members) => Ok(members),
                 Err(apply::Error::Member(Refusal::NotFound | Refusal::Removed)) => Err(PromoteError::NotFound),
                 Err(apply::Error::Member(Refusal::NotLearner)) => Err(PromoteError::NotLearner),
                 Err(apply::Error::LearnerNotReady) => Err(PromoteError::NotReady),
@@ -521,28 +525,38 @@ async fn publish(server: &Arc<api::Server>, config: &Config, runtime: usize) -> 
     Ok(())
 }
 
-async fn listen(
-    config: &Config,
-    runtimes: &Arc<Runtimes>,
-    connections: usize,
-) -> anyhow::Result<Vec<tokio::task::JoinHandle<()>>> {
+/// An address for clients, and what is served there.
+type ClientPort<'a> = (listener::Claimed, Serves, &'a Url);
+
+async fn claim(config: &Config) -> anyhow::Result<Vec<ClientPort<'_>>> {
     let on_client_port = if config.listen_client_http_urls.is_empty() { Serves::GrpcAndHttp } else { Serves::Grpc };
     let groups = [
         (&config.listen_client_urls, on_client_port),
         (&config.listen_client_http_urls, Serves::Http),
         (&config.listen_metrics_urls, Serves::Metrics),
     ];
-    // All are bound before the first is served: a port that is taken ends the start.
-    let mut bound = Vec::new();
+    let mut ports = Vec::new();
     for (urls, serves) in groups {
         for url in urls {
-            for listener in listener::bind(url, config.socket_reuse_port).await? {
-                bound.push((listener, serves, url));
-            }
+            let claimed = listener::claim(url, config.socket_reuse_port).await?;
+            ports.extend(claimed.into_iter().map(|claimed| (claimed, serves, url)));
         }
     }
+    Ok(ports)
+}
+
+fn listen(
+    ports: Vec<ClientPort<'_>>,
+    runtimes: &Arc<Runtimes>,
+    connections: usize,
+) -> anyhow::Result<Vec<tokio::task::JoinHandle<()>>> {
     let places = Arc::new(tokio::sync::Semaphore::new(connections));
-    Ok(bound
+    let mut listeners = Vec::new();
+    // All listen before the first is served.
+    for (claimed, serves, url) in ports {
+        listeners.push((claimed.listen()?, serves, url));
+    }
+    Ok(listeners
         .into_iter()
         .map(|(listener, serves, url)| {
             tracing::info!(address = %url, "serving clients");

@@ -12,7 +12,7 @@ use std::{
 
 use actd::pb::etcdserverpb::{
     AuthEnableRequest, AuthRoleAddRequest, AuthUserAddRequest, AuthUserGrantRoleRequest, LeaseGrantRequest,
-    MemberAddRequest, MemberListRequest, PutRequest, RangeRequest, auth_client::AuthClient,
+    MemberAddRequest, MemberListRequest, PutRequest, RangeRequest, StatusRequest, auth_client::AuthClient,
 };
 use actd::{
     cluster::bootstrap::InitialCluster,
@@ -336,6 +336,80 @@ fn promotions_are_forwarded_with_the_caller_s_token() {
     assert!(heads[0].starts_with("post /members/promote/5 http/1.1\r\n"), "{}", heads[0]);
     assert!(heads[0].contains("\r\nauthorization: abc.1\r\n"), "{}", heads[0]);
     assert!(!heads[1].contains("authorization"), "{}", heads[1]);
+}
+
+#[test]
+fn a_port_that_is_taken_leaves_nothing_behind() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let data = folder.path().join("a");
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let taken = taken.local_addr().expect("an address").port();
+    let [peer_port] = common::free_ports();
+    // What it would found goes with it: the next start is given another list.
+    let initial = |port| format!("--initial-cluster=a={}", url(port));
+    Starting::new(&data, "a", taken, &[&initial(taken)]).refused(&["cannot listen on", "Address already in use"]);
+    assert!(!data.exists());
+    let client = format!("--listen-client-urls={}", url(taken));
+    Starting::new(&data, "a", peer_port, &[&initial(peer_port), &client]).refused(&["cannot listen on"]);
+    assert!(!data.exists());
+    let mut member = Starting::new(&data, "a", peer_port, &[&initial(peer_port)]);
+    member.wait_until_healthy();
+    assert!(data.exists());
+}
+
+/// Status of the answer to a post on the peer port.
+fn post(port: u16, path: &str, headers: &str, body: &[u8]) -> u16 {
+    use std::io::{Read, Write};
+    let mut socket = std::net::TcpStream::connect(("127.0.0.1", port)).expect("a connection");
+    socket.set_read_timeout(Some(PATIENCE)).expect("a socket");
+    let length = body.len();
+    let head =
+        format!("POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {length}\r\n{headers}\r\n");
+    socket.write_all(head.as_bytes()).expect("writable");
+    socket.write_all(body).expect("writable");
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer).expect("an answer");
+    answer.split(' ').nth(1).and_then(|status| status.parse().ok()).expect("a status")
+}
+
+#[test]
+fn who_is_refused_many_times_a_second_fills_no_log() {
+    use actd::pb::raftpb;
+    use prost::Message as _;
+    let folder = tempfile::tempdir().expect("a folder");
+    let [peer_port] = common::free_ports();
+    let flag = format!("--initial-cluster=a={}", url(peer_port));
+    let mut member = Starting::new(&folder.path().join("a"), "a", peer_port, &[&flag]);
+    member.wait_until_healthy();
+    let header = runtime().block_on(async {
+        let status = member.client().await.maintenance.status(StatusRequest {}).await.expect("a status").into_inner();
+        status.header.expect("a header")
+    });
+    // Behind an entry that nobody has: raft takes none of them.
+    let message = raftpb::Message {
+        r#type: Some(raftpb::MessageType::MsgApp.into()),
+        to: Some(header.member_id),
+        from: Some(5),
+        term: Some(9),
+        index: Some(500),
+        ..Default::default()
+    };
+    let versions = "X-Server-Version: 3.7.1\r\nX-Min-Cluster-Version: 3.0.0\r\nX-Server-From: 5\r\n";
+    let own = format!("{versions}X-Etcd-Cluster-ID: {:x}\r\n", header.cluster_id);
+    for _ in 0..20 {
+        assert_eq!(post(peer_port, "/raft", versions, b""), 412);
+        assert_eq!(post(peer_port, "/raft", "", b""), 412);
+        assert_eq!(post(peer_port, "/raft", &own, &message.encode_to_vec()), 204);
+    }
+    for text in ["of another cluster", "of an incompatible version", "message is not taken"] {
+        member.wait_for(text, || member_log_has(folder.path(), text) > 0);
+        assert_eq!(member_log_has(folder.path(), text), 1, "{text}");
+    }
+    member.wait_until_healthy();
+}
+
+fn member_log_has(folder: &Path, text: &str) -> usize {
+    std::fs::read_to_string(folder.join("a.log")).unwrap_or_default().matches(text).count()
 }
 
 #[test]

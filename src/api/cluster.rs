@@ -96,7 +96,7 @@ impl Server {
     }
 
     /// Has the leader promote a learner, wherever it is (C-22).
-    async fn promote_anywhere(&self, id: u64, token: Option<&str>, runtime: usize) -> Result<Vec<Member>, Error> {
+    pub async fn promote_anywhere(&self, id: u64, token: Option<&str>, runtime: usize) -> Result<Vec<Member>, Error> {
         let deadline = Instant::now() + self.settings.request_timeout;
         loop {
             match self.promote_member(id, runtime).await {

@@ -55,8 +55,10 @@ impl Server {
             Ok(()) => renewed.await.ok(),
             Err(_) => None,
         };
-        // After the renewal, so that no pause comes between the two unseen.
-        if !matches!(renewed, Some(Renewed::NotLeader) | None) && !self.confirm_leadership(runtime).await? {
+        // After the renewal, so that no pause comes between the two unseen. Of a lease that is not known here another leader
+        // may know, and a client that hears that it is gone gives up.
+        let is_strange = matches!(renewed, Some(Renewed::Unknown)) && !self.view.load().leases.contains(id);
+        if !matches!(renewed, Some(Renewed::NotLeader) | None) && !self.confirm_leadership(is_strange, runtime).await? {
             return Ok(Renewal::Later);
         }
         Ok(match renewed {
@@ -115,10 +117,11 @@ impl Server {
     }
 
     /// Whether this member leads. One that stood still may have been replaced without knowing it: it asks the others,
-    /// once after each pause (L-11).
-    async fn confirm_leadership(&self, runtime: usize) -> Result<bool, Error> {
+    /// once after each pause (L-11), or in any case.
+    async fn confirm_leadership(&self, in_any_case: bool, runtime: usize) -> Result<bool, Error> {
         let (raft, pauses) = (self.raft_status.read(), self.raft_status.pauses(Instant::now()));
-        if !raft.is_leader || raft.is_alone || pauses == Some(self.confirmed_pauses.load(Ordering::Relaxed)) {
+        let is_known = !in_any_case && pauses == Some(self.confirmed_pauses.load(Ordering::Relaxed));
+        if !raft.is_leader || raft.is_alone || is_known {
             return Ok(raft.is_leader);
         }
         self.linearizable_view(runtime).await.map_err(|_| Error::NotPrimaryLessor)?;

@@ -24,6 +24,44 @@ pub fn refusal<B>(request: &Request<B>) -> Option<Answer> {
     }
 }
 
+/// Where Go's router sends a path with empty parts, `.` or `..`: to the same without them.
+pub fn tidied<B>(request: &Request<B>) -> Option<Answer> {
+    let path = request.uri().path();
+    if request.method() == Method::CONNECT || !path.starts_with('/') {
+        return None;
+    }
+    let mut parts: Vec<&str> = Vec::new();
+    for part in path.split('/') {
+        match part {
+            "" | "." => {}
+            ".." => _ = parts.pop(),
+            part => parts.push(part),
+        }
+    }
+    let end = if path.ends_with('/') && !parts.is_empty() { "/" } else { "" };
+    let tidy = format!("/{}{end}", parts.join("/"));
+    (tidy != path).then(|| moved(request, &tidy))
+}
+
+/// Sends the caller to another path of this server, as Go's router does.
+pub fn moved<B>(request: &Request<B>, path: &str) -> Answer {
+    let to = request.uri().query().map_or_else(|| path.to_owned(), |query| format!("{path}?{query}"));
+    let mut response = Answer::default();
+    *response.status_mut() = StatusCode::TEMPORARY_REDIRECT;
+    if request.method() == Method::GET {
+        let escapes = [('&', "&amp;"), ('"', "&#34;"), ('\'', "&#39;"), ('<', "&lt;"), ('>', "&gt;")];
+        let escaped = escapes.into_iter().fold(to.clone(), |text, (from, to)| text.replace(from, to));
+        *response.body_mut() = Full::from(format!("<a href=\"{escaped}\">Temporary Redirect</a>.\n\n"));
+    }
+    if matches!(*request.method(), Method::GET | Method::HEAD) {
+        set_type(&mut response, "text/html; charset=utf-8");
+    }
+    if let Ok(to) = HeaderValue::try_from(to) {
+        response.headers_mut().insert(header::LOCATION, to);
+    }
+    response
+}
+
 /// The status line says what the body says.
 fn bad_request(text: &'static str) -> Answer {
     let mut response = Response::new(Full::new(Bytes::from_static(text.as_bytes())));
@@ -120,6 +158,31 @@ mod tests {
         ];
         for (host, name) in cases {
             assert_eq!(without_port(host), name, "{host}");
+        }
+    }
+
+    #[test]
+    fn untidy_paths_are_sent_to_tidy_ones() {
+        let location = |method: Method, path: &str| {
+            let request = Request::builder().method(method).uri(path).body(()).unwrap();
+            tidied(&request).map(|answer| {
+                assert_eq!(answer.status(), StatusCode::TEMPORARY_REDIRECT);
+                answer.headers()[header::LOCATION].to_str().unwrap().to_owned()
+            })
+        };
+        for path in ["/", "/version", "/raft/stream/", "/a.b/..c", "*"] {
+            assert_eq!(location(Method::GET, path), None, "{path}");
+        }
+        let cases = [
+            ("//version", "/version"),
+            ("/./version", "/version"),
+            ("/a/../version?x=1&y", "/version?x=1&y"),
+            ("/raft//stream//", "/raft/stream/"),
+            ("/..", "/"),
+            ("//", "/"),
+        ];
+        for (path, to) in cases {
+            assert_eq!(location(Method::POST, path).as_deref(), Some(to), "{path}");
         }
     }
 

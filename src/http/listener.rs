@@ -26,36 +26,60 @@ const KEEP_ALIVE: Duration = Duration::from_secs(30);
 /// After an accept that failed.
 const RETRY: Duration = Duration::from_millis(10);
 
-/// Binds every address of `url`.
-pub async fn bind(url: &Url, reuse_port: bool) -> io::Result<Vec<Listener>> {
-    let fail = |e: io::Error| io::Error::new(e.kind(), format!("cannot listen on {}: {e}", url.as_str()));
+/// An address that is this process's. Until it listens, connections are refused as if nobody were there.
+pub enum Claimed {
+    Tcp(Socket, Url),
+    Unix(UnixListener),
+}
+
+impl Claimed {
+    pub fn listen(self) -> io::Result<Listener> {
+        let listen = |socket: Socket| {
+            socket.listen(BACKLOG)?;
+            TcpListener::from_std(socket.into())
+        };
+        match self {
+            Claimed::Tcp(socket, url) => listen(socket).map(Listener::Tcp).map_err(|e| failed(&url, e)),
+            // Its file is there from the beginning, and so it listens.
+            Claimed::Unix(listener) => Ok(Listener::Unix(listener)),
+        }
+    }
+}
+
+fn failed(url: &Url, e: io::Error) -> io::Error {
+    io::Error::new(e.kind(), format!("cannot listen on {}: {e}", url.as_str()))
+}
+
+/// Claims every address of `url`.
+pub async fn claim(url: &Url, reuse_port: bool) -> io::Result<Vec<Claimed>> {
+    let fail = |e| failed(url, e);
     if url.is_socket() {
         let path = url.socket_path();
         // A socket file nobody listens on is a leftover of a process that died.
         if std::os::unix::net::UnixStream::connect(&path).is_err() {
             let _ = std::fs::remove_file(&path);
         }
-        return Ok(vec![Listener::Unix(UnixListener::bind(&path).map_err(fail)?)]);
+        return Ok(vec![Claimed::Unix(UnixListener::bind(&path).map_err(fail)?)]);
     }
-    let mut listeners = Vec::new();
+    let mut claimed = Vec::new();
     let mut last = None;
     for address in tokio::net::lookup_host(url.authority()).await.map_err(fail)? {
-        match bind_tcp(address, reuse_port) {
-            Ok(listener) => listeners.push(Listener::Tcp(listener)),
+        match claim_tcp(address, reuse_port) {
+            Ok(socket) => claimed.push(Claimed::Tcp(socket, url.clone())),
             Err(e) => last = Some(e),
         }
         // One address, as Go's listener: the first that works, IPv4 first for a name.
-        if address.is_ipv4() && !listeners.is_empty() {
+        if address.is_ipv4() && !claimed.is_empty() {
             break;
         }
     }
     match last {
-        Some(e) if listeners.is_empty() => Err(fail(e)),
-        _ => Ok(listeners),
+        Some(e) if claimed.is_empty() => Err(fail(e)),
+        _ => Ok(claimed),
     }
 }
 
-fn bind_tcp(address: SocketAddr, reuse_port: bool) -> io::Result<TcpListener> {
+fn claim_tcp(address: SocketAddr, reuse_port: bool) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
     // As Go does, whatever --socket-reuse-address says: a port whose old connections linger can be taken again.
     socket.set_reuse_address(true)?;
@@ -67,8 +91,7 @@ fn bind_tcp(address: SocketAddr, reuse_port: bool) -> io::Result<TcpListener> {
     }
     socket.set_nonblocking(true)?;
     socket.bind(&address.into())?;
-    socket.listen(BACKLOG)?;
-    TcpListener::from_std(socket.into())
+    Ok(socket)
 }
 
 /// A client that vanished is noticed although nothing is sent to it. Best effort.

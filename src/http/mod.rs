@@ -144,17 +144,17 @@ fn query_values(query: &str, name: &str) -> Vec<String> {
         .split('&')
         .filter_map(|pair| {
             let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
-            (key == name).then(|| percent_decode(value))
+            (key == name).then(|| percent_decode(&value.replace('+', " ")))
         })
         .collect()
 }
 
-fn percent_decode(text: &str) -> String {
+/// A part of a path as it is meant.
+pub fn percent_decode(text: &str) -> String {
     let mut out = Vec::with_capacity(text.len());
     let mut bytes = text.bytes();
     while let Some(byte) = bytes.next() {
         match byte {
-            b'+' => out.push(b' '),
             b'%' => {
                 let hex: String = bytes.by_ref().take(2).map(char::from).collect();
                 out.extend(u8::from_str_radix(&hex, 16).ok());

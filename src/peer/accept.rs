@@ -16,7 +16,7 @@ use super::{
     probe,
     stream::{StreamBody, stream},
     transport::Transport,
-    wire::{self, STREAM_STEP},
+    wire::{self, Refused, STREAM_STEP},
 };
 use crate::{cluster::ids::hex, config::ETCD_VERSION, pb::raftpb::MessageType};
 
@@ -125,19 +125,25 @@ impl Transport {
 
     fn check<B>(&self, request: &Request<B>) -> Result<Option<Answer>, Cut> {
         if !wire::is_compatible(request.headers())? {
-            tracing::warn!(
-                peer = wire::text(request.headers(), wire::SERVER_FROM),
-                version = wire::text(request.headers(), wire::SERVER_VERSION),
-                "refused a peer of an incompatible version"
-            );
+            if let Some(unsaid) = self.shared.tell(Refused::Version) {
+                tracing::warn!(
+                    peer = wire::text(request.headers(), wire::SERVER_FROM),
+                    version = wire::text(request.headers(), wire::SERVER_VERSION),
+                    unsaid,
+                    "refused a peer of an incompatible version"
+                );
+            }
             return Ok(Some(refuse(StatusCode::PRECONDITION_FAILED, "incompatible version")));
         }
         if wire::text(request.headers(), wire::CLUSTER_ID) != hex(self.shared.cluster_id) {
-            tracing::warn!(
-                peer = wire::text(request.headers(), wire::SERVER_FROM),
-                cluster = wire::text(request.headers(), wire::CLUSTER_ID),
-                "refused a peer of another cluster"
-            );
+            if let Some(unsaid) = self.shared.tell(Refused::Cluster) {
+                tracing::warn!(
+                    peer = wire::text(request.headers(), wire::SERVER_FROM),
+                    cluster = wire::text(request.headers(), wire::CLUSTER_ID),
+                    unsaid,
+                    "refused a peer of another cluster"
+                );
+            }
             return Ok(Some(refuse(StatusCode::PRECONDITION_FAILED, "cluster ID mismatch")));
         }
         Ok(None)
@@ -172,7 +178,9 @@ impl Transport {
         let Some((kind, from)) = kind else { return refuse(StatusCode::NOT_FOUND, "invalid path") };
         let Some(from) = wire::parse_id(from) else { return refuse(StatusCode::NOT_FOUND, "invalid from") };
         if self.shared.incoming.is_removed(from) {
-            tracing::warn!(peer = hex(from), "refused a stream of a removed member");
+            if let Some(unsaid) = self.shared.tell(Refused::Removed) {
+                tracing::warn!(peer = hex(from), unsaid, "refused a stream of a removed member");
+            }
             return refuse(StatusCode::GONE, "removed member");
         }
         let Some(peer) = self.peer(from).filter(|peer| !peer.is_remote) else {
@@ -241,12 +249,13 @@ impl Transport {
         let (message, first) = loop {
             let chunk = match next(&mut body).await {
                 Ok(Some(chunk)) => chunk,
-                Ok(None) => return undecodable(codec::Error::CutOff.to_string()),
+                Ok(None) => return undecodable(head.cut_off().to_owned()),
                 Err(e) => return undecodable(e.to_string()),
             };
             match head.push(&chunk) {
                 Ok(None) => {}
                 Ok(Some(found)) => break found,
+                Err(codec::Error::TooLong(_)) => return undecodable("rafthttp: error limit exceeded".to_owned()),
                 Err(e) => return undecodable(e.to_string()),
             }
         };
@@ -289,8 +298,7 @@ impl Transport {
             }
             Err(reason) => {
                 tracing::warn!(peer = hex(from), "cannot take in a database snapshot: {reason}");
-                let text = format!("failed to save KV snapshot ({reason})");
-                refuse(StatusCode::INTERNAL_SERVER_ERROR, &text)
+                refuse(StatusCode::INTERNAL_SERVER_ERROR, &reason)
             }
         }
     }

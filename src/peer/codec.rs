@@ -321,4 +321,9 @@ impl SnapshotHead {
         self.0.advance(8 + length as usize);
         Ok(Some((message, std::mem::take(&mut self.0).freeze())))
     }
+
+    /// What Go calls an end here: within a piece it reads, or between two.
+    pub fn cut_off(&self) -> &'static str {
+        if matches!(self.0.len(), 0 | 8) { "EOF" } else { "unexpected EOF" }
+    }
 }

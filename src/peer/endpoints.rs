@@ -10,7 +10,7 @@ use futures_util::future::BoxFuture;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use prost::Message;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use tokio::time::Instant;
 
 use super::CLUSTER_ID;
@@ -18,7 +18,7 @@ use crate::{
     api::{Server, lease::Renewal},
     apply::Error,
     cluster::{Member, ids, members_to_json},
-    http::{Answer, not_found, set_type, text_error, version},
+    http::{Answer, front::moved, not_found, percent_decode, set_type, text_error, version},
     pb::{
         etcdserverpb::{
             LeaseKeepAliveRequest, LeaseKeepAliveResponse, LeaseTimeToLiveRequest, LeaseTimeToLiveResponse,
@@ -71,7 +71,9 @@ impl Endpoints {
             "/members" | "/version" | "/members/hashkv" | "/downgrade/enabled" => (Method::GET, Some("GET")),
             "/leases" | "/leases/internal" => (Method::POST, None),
             _ if path.starts_with(PROMOTE) => (Method::POST, Some("POST")),
-            "/members/promote" => return moved(PROMOTE),
+            // What has a slash and something behind it; the rest of the second is answered elsewhere.
+            "/members/promote" => return moved(&request, PROMOTE),
+            "/raft/stream" => return moved(&request, "/raft/stream/"),
             _ => return not_found(),
         };
         if request.method() != method {
@@ -119,9 +121,7 @@ impl Endpoints {
         if !asked.is_empty() && asked != cluster.as_bytes() {
             return text_error(StatusCode::PRECONDITION_FAILED, "cluster ID mismatch");
         }
-        let Ok(HashKvQuestion { revision }) =
-            serde_json::from_slice::<Option<HashKvQuestion>>(body).map(Option::unwrap_or_default)
-        else {
+        let Some(revision) = asked_revision(body) else {
             return text_error(StatusCode::BAD_REQUEST, "error unmarshalling request");
         };
         match self.server.hash_kv(revision).await {
@@ -140,8 +140,10 @@ impl Endpoints {
     }
 
     async fn promote(&self, id: &str) -> Answer {
-        let answer = match id.parse() {
-            Ok(id) => match (self.promote)(id).await {
+        let id = percent_decode(id);
+        // Go reads no sign.
+        let answer = match id.parse().ok().filter(|_| !id.starts_with('+')) {
+            Some(id) => match (self.promote)(id).await {
                 Ok(members) => ok("application/json", list(&members)),
                 Err(e @ PromoteError::NotFound) => text_error(StatusCode::NOT_FOUND, &e.to_string()),
                 Err(e @ (PromoteError::NotLearner | PromoteError::NotReady)) => {
@@ -154,7 +156,7 @@ impl Endpoints {
                     response
                 }
             },
-            Err(_) => text_error(StatusCode::NOT_FOUND, &format!("member {id} not found in cluster")),
+            None => text_error(StatusCode::NOT_FOUND, &format!("member {id} not found in cluster")),
         };
         self.with_cluster_id(answer)
     }
@@ -203,10 +205,16 @@ impl Endpoints {
     }
 }
 
-#[derive(Default, Deserialize)]
-struct HashKvQuestion {
-    #[serde(default)]
-    revision: i64,
+/// The revision in a question for a hash, read as Go reads it: names in any case, `null` is as if nothing were there.
+fn asked_revision(body: &[u8]) -> Option<i64> {
+    let question: Option<serde_json::Map<String, serde_json::Value>> = serde_json::from_slice(body).ok()?;
+    let mut revision = 0;
+    for (name, value) in question.unwrap_or_default() {
+        if name.eq_ignore_ascii_case("revision") && !value.is_null() {
+            revision = value.as_i64()?;
+        }
+    }
+    Some(revision)
 }
 
 #[derive(Serialize)]
@@ -272,10 +280,30 @@ fn late() -> Answer {
     text_error(StatusCode::REQUEST_TIMEOUT, "waiting for node to catch up its applied index has timed out")
 }
 
-/// As Go's router answers a path that lacks its last slash.
-fn moved(to: &'static str) -> Answer {
-    let mut response = ok("text/html; charset=utf-8", format!("<a href=\"{to}\">Temporary Redirect</a>.\n\n"));
-    *response.status_mut() = StatusCode::TEMPORARY_REDIRECT;
-    response.headers_mut().insert(header::LOCATION, HeaderValue::from_static(to));
-    response
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn questions_for_a_hash_are_read_as_go_reads_them() {
+        let cases: [(&str, Option<i64>); 14] = [
+            ("{}", Some(0)),
+            ("null", Some(0)),
+            (r#"{"revision":1}"#, Some(1)),
+            (r#"{"Revision":2,"x":[]}"#, Some(2)),
+            (r#"{"revision":null}"#, Some(0)),
+            (r#"{"revision":-1}"#, Some(-1)),
+            ("", None),
+            ("[]", None),
+            ("\"a\"", None),
+            ("{", None),
+            (r#"{"revision":"1"}"#, None),
+            (r#"{"revision":1.5}"#, None),
+            (r#"{"revision":1}x"#, None),
+            (r#"{"revision":99999999999999999999}"#, None),
+        ];
+        for (body, revision) in cases {
+            assert_eq!(asked_revision(body.as_bytes()), revision, "{body}");
+        }
+    }
 }

@@ -31,8 +31,8 @@ use crate::{
     config::Url,
     http::{
         HEAD_BYTES_MAX, HEADERS_MAX,
-        front::refusal,
-        listener::{Listener, bind},
+        front::{refusal, tidied},
+        listener::{Claimed, Listener, claim},
     },
     telemetry::logs::Seldom,
 };
@@ -53,23 +53,38 @@ pub struct Listening {
     _stop: tokio::sync::watch::Sender<()>,
 }
 
-impl Bound {
-    /// Binds every URL.
-    pub async fn bind(urls: &[Url], reuse_port: bool) -> io::Result<Self> {
-        let mut sockets = Vec::new();
+/// Addresses that are this process's, and refuse connections yet.
+pub struct Claims(Vec<Claimed>);
+
+impl Claims {
+    /// Claims every URL.
+    pub async fn new(urls: &[Url], reuse_port: bool) -> io::Result<Self> {
+        let mut claims = Vec::new();
         for url in urls {
             if url.is_secure() {
                 let text = format!("cannot listen for peers on {}: TLS is not implemented", url.as_str());
                 return Err(io::Error::new(io::ErrorKind::Unsupported, text));
             }
-            for listener in bind(url, reuse_port).await? {
-                sockets.push(match listener {
-                    Listener::Tcp(l) => Socket::Tcp(l.into_std()?),
-                    Listener::Unix(l) => Socket::Unix(l.into_std()?),
-                });
-            }
+            claims.extend(claim(url, reuse_port).await?);
         }
-        Ok(Self(sockets))
+        Ok(Self(claims))
+    }
+
+    pub fn listen(self) -> io::Result<Bound> {
+        let listen = |claimed: Claimed| {
+            Ok(match claimed.listen()? {
+                Listener::Tcp(l) => Socket::Tcp(l.into_std()?),
+                Listener::Unix(l) => Socket::Unix(l.into_std()?),
+            })
+        };
+        self.0.into_iter().map(listen).collect::<io::Result<_>>().map(Bound)
+    }
+}
+
+impl Bound {
+    /// Binds every URL.
+    pub async fn bind(urls: &[Url], reuse_port: bool) -> io::Result<Self> {
+        Claims::new(urls, reuse_port).await?.listen()
     }
 
     /// TCP addresses as bound.
@@ -240,8 +255,8 @@ impl<S: AsyncRead> body::Body for Watched<S> {
 
 impl Service {
     async fn answer(&self, request: Request<body::Incoming>) -> Result<Response<Body>, Cut> {
-        if let Some(refused) = refusal(&request) {
-            return Ok(refused.map(Body::Whole));
+        if let Some(answer) = refusal(&request).or_else(|| tidied(&request)) {
+            return Ok(answer.map(Body::Whole));
         }
         if is_raft(request.uri().path()) {
             return self.transport.handle(request).await;

@@ -27,7 +27,7 @@ pub mod transport;
 mod wire;
 
 pub use accept::Body;
-pub use listener::{Bound, Handler, Listening};
+pub use listener::{Bound, Claims, Handler, Listening};
 pub use transport::{Transport, Wiring};
 
 use std::time::Instant;
@@ -62,7 +62,7 @@ pub trait Databases: Send + Sync + 'static {
     /// The database to send behind `order` (a MsgSnap), and the message to send before it: the same with the index, term and
     /// membership of that database.
     fn open(&self, order: raftpb::Message) -> BoxFuture<'static, std::io::Result<(raftpb::Message, Chunks)>>;
-    /// Takes a database in. Answers once raft has taken the message.
+    /// Takes a database in. Answers once raft has taken the message; an error is the text for the sender.
     fn receive(&self, message: raftpb::Message, database: Chunks) -> BoxFuture<'static, Result<(), String>>;
 }
 

@@ -1,6 +1,9 @@
 //! What requests between members have in common: headers, versions, and what all parts of the transport share.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use arc_swap::ArcSwap;
 use http::{HeaderMap, HeaderValue, Method, Request, request::Builder};
@@ -11,6 +14,7 @@ use crate::{
     cluster::{Version, ids::hex},
     config::{ETCD_VERSION, Url},
     pb::raftpb::Message,
+    telemetry::logs::Seldom,
 };
 
 pub const SERVER_FROM: &str = "x-server-from";
@@ -44,6 +48,16 @@ pub struct Shared {
     pub numbers: Arc<Numbers>,
     /// Snapshots that may wait or be under way.
     pub snapshots: Arc<Semaphore>,
+    /// By `Refused`: who is refused tries again ten times a second.
+    told: [Mutex<Seldom>; 3],
+}
+
+/// Why somebody's requests are refused, for the log.
+#[derive(Clone, Copy, Debug)]
+pub enum Refused {
+    Version,
+    Cluster,
+    Removed,
 }
 
 impl Shared {
@@ -58,7 +72,13 @@ impl Shared {
             databases: wiring.databases,
             numbers: Arc::new(Numbers::new(wiring.member_id)),
             snapshots: Arc::new(Semaphore::new(snapshots_max)),
+            told: Default::default(),
         }
+    }
+
+    /// Whether a refusal is to be told, and how many were not.
+    pub fn tell(&self, why: Refused) -> Option<u64> {
+        self.told[why as usize].lock().unwrap_or_else(PoisonError::into_inner).admit()
     }
 
     /// The members tell other URLs of this one.

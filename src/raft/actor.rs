@@ -10,6 +10,7 @@ use crate::{
     actor::{Actor, Sender, Turn, shell::Flow},
     apply::{self, Replies},
     pb::raftpb,
+    telemetry::logs::Seldom,
     wal,
 };
 
@@ -29,11 +30,13 @@ pub struct RaftActor {
     core: Core,
     wiring: Wiring,
     output: Output,
+    /// Lines about messages that are not taken.
+    refused: Seldom,
 }
 
 impl RaftActor {
     pub fn new(core: Core, wiring: Wiring) -> Self {
-        Self { core, wiring, output: Output::default() }
+        Self { core, wiring, output: Output::default(), refused: Seldom::default() }
     }
 
     pub fn core(&self) -> &Core {
@@ -44,7 +47,9 @@ impl RaftActor {
         let (kind, from) = (message.r#type(), message.from.unwrap_or(0));
         if let Err(reason) = self.core.step(message) {
             self.wiring.status.messages_refused.fetch_add(1, Ordering::Relaxed);
-            tracing::warn!(from = format!("{from:x}"), ?kind, "a peer's message is not taken: {reason}");
+            if let Some(unsaid) = self.refused.admit() {
+                tracing::warn!(from = format!("{from:x}"), ?kind, unsaid, "a peer's message is not taken: {reason}");
+            }
         }
     }
 

@@ -1,5 +1,7 @@
 //! Between raft-rs's messages and ours. Wire and disk use ours; raft-rs's parser and encoder are never called.
 
+use std::collections::BTreeSet;
+
 use bytes::Bytes;
 use prost::Message as _;
 use raft::eraftpb::{self as rs, MessageType};
@@ -107,7 +109,11 @@ pub fn message_to_pb(message: rs::Message) -> Option<raftpb::Message> {
     })
 }
 
-/// A message of another member, checked as far as the crate would panic on it.
+/// No cluster comes this far. The crate adds to terms and indexes without looking.
+const TERM_MAX: u64 = u64::MAX / 2;
+const INDEX_MAX: u64 = u64::MAX / 2;
+
+/// A message of another member, checked as far as the crate would panic on it or believe what cannot be.
 pub fn message_from_pb(message: raftpb::Message, own_id: u64) -> Result<rs::Message, &'static str> {
     let msg_type = message_type_from_pb(message.r#type.unwrap_or(0)).ok_or("a kind no member sends")?;
     let from = message.from.unwrap_or(0);
@@ -118,6 +124,9 @@ pub fn message_from_pb(message: raftpb::Message, own_id: u64) -> Result<rs::Mess
     if from == 0 {
         return Err("from nobody");
     }
+    if message.term.unwrap_or(0) > TERM_MAX {
+        return Err("a term that nobody reaches");
+    }
     let entries =
         message.entries.iter().map(entry_from_pb).collect::<Option<Vec<_>>>().ok_or("an unknown entry type")?;
     match msg_type {
@@ -126,16 +135,19 @@ pub fn message_from_pb(message: raftpb::Message, own_id: u64) -> Result<rs::Mess
         MessageType::MsgPropose | MessageType::MsgReadIndex if message.term.unwrap_or(0) != 0 => {
             return Err("a request with a term");
         }
-        MessageType::MsgAppend if !entries.iter().zip(index + 1..).all(|(entry, i)| entry.index == i) => {
-            return Err("entries with a gap");
-        }
-        MessageType::MsgSnapshot if message.snapshot.as_ref().is_none_or(|s| s.metadata.is_none()) => {
-            return Err("a snapshot of nothing");
-        }
         // Local kinds carry no term; a kind between members without one would pass for local.
         MessageType::MsgPropose | MessageType::MsgReadIndex => {}
         _ if message.term.unwrap_or(0) == 0 => return Err("no term"),
+        // Requests come back when leadership changes while they are on their way; what promises something does not.
+        _ if from == own_id => return Err("from this member itself"),
+        MessageType::MsgAppend => check_append(&message, &entries)?,
+        MessageType::MsgSnapshot => check_snapshot(&message)?,
         _ => {}
+    }
+    let mut reject_hint = message.reject_hint.unwrap_or(0);
+    if msg_type == MessageType::MsgAppendResponse {
+        // etcd 3.4 tells where its log ends, however far that is; more than this says nothing to a leader.
+        reject_hint = reject_hint.min(index);
     }
     let snapshot = message.snapshot.and_then(|s| s.metadata).map(|meta| {
         let conf_state = conf_state_from_pb(&meta.conf_state.unwrap_or_default());
@@ -158,10 +170,47 @@ pub fn message_from_pb(message: raftpb::Message, own_id: u64) -> Result<rs::Mess
         commit: message.commit.unwrap_or(0),
         snapshot: snapshot.into(),
         reject: message.reject.unwrap_or(false),
-        reject_hint: message.reject_hint.unwrap_or(0),
+        reject_hint,
         context: message.context.unwrap_or_default(),
         ..Default::default()
     })
+}
+
+/// To the crate an entry that it does not have is one of term 0: whoever names that term is believed, wherever the log ends.
+fn check_append(message: &raftpb::Message, entries: &[rs::Entry]) -> Result<(), &'static str> {
+    let (index, mut term) = (message.index.unwrap_or(0), message.log_term.unwrap_or(0));
+    if index > 0 && term == 0 {
+        return Err("entries behind one of no term");
+    }
+    let mut last = index;
+    for entry in entries {
+        if last >= INDEX_MAX || entry.index != last + 1 {
+            return Err("entries with a gap");
+        }
+        if entry.term == 0 || entry.term < term || entry.term > message.term.unwrap_or(0) {
+            return Err("entries of terms that no leader puts in a row");
+        }
+        (last, term) = (entry.index, entry.term);
+    }
+    Ok(())
+}
+
+fn check_snapshot(message: &raftpb::Message) -> Result<(), &'static str> {
+    let meta = message.snapshot.as_ref().and_then(|s| s.metadata.as_ref()).ok_or("a snapshot of nothing")?;
+    let (index, term) = (meta.index.unwrap_or(0), meta.term.unwrap_or(0));
+    // Its term may be newer than the message's: the state is taken when it is sent, and leadership may have changed.
+    if !(1..=INDEX_MAX).contains(&index) || !(1..=TERM_MAX).contains(&term) {
+        return Err("a snapshot of a state that no leader has");
+    }
+    let members = meta.conf_state.clone().unwrap_or_default();
+    let ids: BTreeSet<u64> = members.voters.iter().chain(&members.learners).copied().collect();
+    let is_clear = ids.len() == members.voters.len() + members.learners.len() && !ids.contains(&0);
+    // etcd changes one member at a time: nothing is ever on its way from one list to another.
+    let is_joint = !members.voters_outgoing.is_empty() || !members.learners_next.is_empty();
+    if members.voters.is_empty() || !is_clear || is_joint {
+        return Err("a snapshot with members that no cluster has");
+    }
+    Ok(())
 }
 
 /// Kinds that travel between members. The crate's numbers are etcd's.
@@ -276,15 +325,61 @@ mod tests {
         assert_eq!(refused(raftpb::Message { from: None, ..message(8) }), Some("from nobody"));
         assert_eq!(refused(raftpb::Message { term: None, ..message(8) }), Some("no term"));
         assert_eq!(refused(message(2)), Some("a proposal of nothing"));
-        let one = vec![raftpb::Entry { index: Some(6), ..Default::default() }];
+        let entry = |index, term| raftpb::Entry { index: Some(index), term: Some(term), ..Default::default() };
+        let one = vec![entry(6, 2)];
         assert_eq!(refused(raftpb::Message { entries: one.clone(), ..message(2) }), Some("a request with a term"));
         assert_eq!(refused(message(15)), Some("a read request without its context"));
+        let append = raftpb::Message { log_term: Some(2), index: Some(5), ..message(3) };
+        assert_eq!(refused(raftpb::Message { entries: one.clone(), ..append.clone() }), None);
+        for index in [4, 6, u64::MAX] {
+            let m = raftpb::Message { entries: one.clone(), index: Some(index), ..append.clone() };
+            assert_eq!(refused(m), Some("entries with a gap"), "{index}");
+        }
+        // The crate knows the term of what it does not have as 0, and takes it for the same.
         assert_eq!(
-            refused(raftpb::Message { entries: one.clone(), index: Some(4), ..message(3) }),
-            Some("entries with a gap")
+            refused(raftpb::Message { log_term: None, ..append.clone() }),
+            Some("entries behind one of no term")
         );
-        assert_eq!(refused(raftpb::Message { entries: one, index: Some(5), ..message(3) }), None);
+        assert_eq!(refused(raftpb::Message { log_term: None, index: None, ..append.clone() }), None, "the first ones");
+        for terms in [&[0][..], &[1], &[4], &[3, 2], &[2, 0]] {
+            let entries = (6..).zip(terms).map(|(index, term)| entry(index, *term)).collect();
+            let m = raftpb::Message { entries, ..append.clone() };
+            assert_eq!(refused(m), Some("entries of terms that no leader puts in a row"), "{terms:?}");
+        }
+        let entries = vec![entry(6, 2), entry(7, 2), entry(8, 3)];
+        assert_eq!(refused(raftpb::Message { entries, ..append.clone() }), None);
+        assert_eq!(refused(raftpb::Message { from: Some(1), ..append }), Some("from this member itself"));
+        // One more is added to it.
+        for term in [u64::MAX, TERM_MAX + 1] {
+            assert_eq!(
+                refused(raftpb::Message { term: Some(term), ..message(17) }),
+                Some("a term that nobody reaches")
+            );
+        }
+        // As etcd 3.4 tells where its log ends; the crate adds one to it.
+        let reject = raftpb::Message { reject: Some(true), reject_hint: Some(u64::MAX), index: Some(5), ..message(4) };
+        assert_eq!(message_from_pb(reject, 1).unwrap().reject_hint, 5);
         assert_eq!(refused(message(7)), Some("a snapshot of nothing"));
+        let snapshot = |index, term, voters: &[u64], learners: &[u64]| {
+            let conf_state =
+                raftpb::ConfState { voters: voters.into(), learners: learners.into(), ..Default::default() };
+            let metadata = raftpb::SnapshotMetadata { conf_state: Some(conf_state), index, term };
+            let snapshot = Some(raftpb::Snapshot { metadata: Some(metadata), ..Default::default() });
+            raftpb::Message { snapshot, ..message(7) }
+        };
+        assert_eq!(refused(snapshot(Some(9), Some(4), &[2, 3], &[1])), None);
+        for (index, term) in [(None, Some(3)), (Some(9), None), (Some(9), Some(u64::MAX)), (Some(u64::MAX), Some(3))] {
+            let text = Some("a snapshot of a state that no leader has");
+            assert_eq!(refused(snapshot(index, term, &[1], &[])), text, "{index:?} {term:?}");
+        }
+        for (voters, learners) in [(&[][..], &[1][..]), (&[1, 2], &[2]), (&[1, 1], &[]), (&[1, 0], &[])] {
+            let text = Some("a snapshot with members that no cluster has");
+            assert_eq!(refused(snapshot(Some(9), Some(3), voters, learners)), text, "{voters:?} {learners:?}");
+        }
+        let mut joint = snapshot(Some(9), Some(3), &[1], &[]);
+        let metadata = joint.snapshot.as_mut().unwrap().metadata.as_mut().unwrap();
+        metadata.conf_state.as_mut().unwrap().voters_outgoing = vec![2];
+        assert_eq!(refused(joint), Some("a snapshot with members that no cluster has"));
         let strange = vec![raftpb::Entry { index: Some(1), r#type: Some(7), ..Default::default() }];
         assert_eq!(refused(raftpb::Message { entries: strange, ..message(3) }), Some("an unknown entry type"));
     }

@@ -214,13 +214,27 @@ impl Core {
         }
     }
 
-    /// A message of another member. What does not fit is told, for the log.
+    /// A message of another member. What does not fit is told, for the log. Panics if the log here has lost its end.
     pub fn step(&mut self, message: raftpb::Message) -> Result<(), &'static str> {
         let message = convert::message_from_pb(message, self.options.id)?;
         match message.msg_type {
-            MessageType::MsgHeartbeat if message.commit > self.node.raft.raft_log.last_index() => {
-                return Err("it says that entries are committed which this log does not have: was its end lost?");
+            MessageType::MsgHeartbeat if self.is_from_leader(&message) => {
+                let last = self.node.raft.raft_log.last_index();
+                assert!(
+                    message.commit <= last,
+                    "the leader {:x} says that entry {} is committed and that this member has acknowledged it, but the log \
+                     here ends at {last}: was its end lost? A member that has lost what it acknowledged could help to elect a \
+                     leader without it, so this one ends. Remove it from the cluster, empty its data directory and add it \
+                     as a new one",
+                    message.from,
+                    message.commit
+                );
+                drop(self.node.raft.step(message));
             }
+            MessageType::MsgAppendResponse if self.accepts_unsent(&message) => {
+                return Err("it accepts entries that this leader does not have");
+            }
+            MessageType::MsgAppendResponse if self.takes_back(&message) => {}
             // Others are asked to lead only when they are up to date.
             MessageType::MsgTimeoutNow if self.installing => {}
             MessageType::MsgPropose => {
@@ -240,6 +254,30 @@ impl Core {
     /// The membership that is in force here.
     pub fn conf_state(&self) -> raftpb::ConfState {
         convert::conf_state_to_pb(&self.node.store().conf_state)
+    }
+
+    /// Nobody leads in a term older than ours, and nobody else in one that this member leads.
+    fn is_from_leader(&self, message: &rs::Message) -> bool {
+        let term = self.node.raft.term;
+        message.term > term || message.term == term && !self.leads()
+    }
+
+    fn answers_this_leader(&self, message: &rs::Message) -> bool {
+        self.leads() && message.term == self.node.raft.term
+    }
+
+    /// The crate would count it for entries that come to these places later, and acknowledge them with nobody else having
+    /// them.
+    fn accepts_unsent(&self, message: &rs::Message) -> bool {
+        self.answers_this_leader(message) && !message.reject && message.index > self.node.raft.raft_log.last_index()
+    }
+
+    /// A follower that lacks entries it has acknowledged to this leader: an old message, or the end of its log was lost.
+    /// The crate would send them again, and nobody would know that its vote can no longer be trusted. Left alone, it
+    /// ends at the next heartbeat.
+    fn takes_back(&self, message: &rs::Message) -> bool {
+        let progress = self.node.raft.prs().get(message.from);
+        self.answers_this_leader(message) && message.reject && progress.is_some_and(|p| message.reject_hint < p.matched)
     }
 
     /// True right after the step of a snapshot that raft goes on from.

@@ -24,7 +24,7 @@ use crate::{
     wal::{self, Wal},
 };
 
-use super::{DATA_MUST_GO, REMOVED, join};
+use super::{Removed, join};
 
 #[derive(Clone, Copy, Debug)]
 pub struct Ids {
@@ -103,11 +103,7 @@ pub async fn open(config: &Config, store: &Options) -> anyhow::Result<Opened> {
     let members = core.members();
     if members.is_removed(ids.member) {
         // C-17
-        bail!(
-            "{REMOVED}; {DATA_MUST_GO}: {} is gone for good, and {} may be empty for a new one",
-            hex(ids.member),
-            config.data_dir
-        );
+        bail!(Removed);
     }
     members.check_release(settings.release)?;
     if config.force_new_cluster && log_exists {

@@ -128,6 +128,14 @@ async fn join(config: &Config, initial: &InitialCluster) -> anyhow::Result<First
         done => done,
     };
     let member = member.map_err(|e| anyhow!("error validating peerURLs {}: {e}", listed(cluster, &members)))?;
+    // Its leader would end it, as etcd's does, but it could vote before it hears of one.
+    if members.iter().any(|known| known.id == member && !known.client_urls.is_empty()) {
+        bail!(
+            "member {} has been started before, and the log here is empty: was its end lost? A member that has lost what \
+             it acknowledged could help to elect a leader without it. Remove it from the cluster and add it as a new one",
+            ids::hex(member)
+        );
+    }
     check_versions(member, &members).await?;
     let learners = members.iter().filter(|member| member.is_learner).count();
     if learners > usize::try_from(config.max_learners).unwrap_or(0) {

@@ -133,7 +133,8 @@ impl Databases for Stores {
             runtime
                 .spawn_blocking(prepare)
                 .await
-                .map_err(|e| e.to_string())?
+                .map_err(anyhow::Error::from)
+                .flatten()
                 .map_err(|e| format!("failed to save KV snapshot ({e:#})"))?;
             metrics.snapshot_saves.record(began.elapsed());
             let (taken, answer) = oneshot::channel();

@@ -31,8 +31,8 @@ pub fn refuse_foreign(data_dir: &Path) -> Result<(), Error> {
     if exists(&database)? && !exists(&ours)? {
         return Err(Error::Refused(format!(
             "{} is the database of an etcd member, and {} holds no store of actd. actd does not take over \
-             etcd's files in place: save a snapshot of etcd and restore it into an empty data directory, or \
-             give this member an empty data directory and let it join its cluster again",
+             etcd's files in place, nor what etcdutl restores: start etcd with them, add this member to its cluster \
+             and start it with an empty data directory, and it gets the data from there",
             database.display(),
             data_dir.display()
         )));
@@ -280,7 +280,8 @@ mod tests {
         refuse_foreign(dir.path()).unwrap();
         std::fs::write(dir.path().join("member/snap/db"), "bolt").unwrap();
         let text = refusal(StoreDir::open(dir.path()));
-        assert!(text.contains("member/snap/db") && text.contains("save a snapshot"), "{text}");
+        assert!(text.contains("member/snap/db") && text.contains("start etcd with them"), "{text}");
+        assert!(text.contains("nor what etcdutl restores"), "what it advises must not end here again: {text}");
         assert!(!dir.path().join("member/store").exists());
         // Beside a store of ours it is no business of the store's.
         std::fs::remove_file(dir.path().join("member/snap/db")).unwrap();

@@ -1,6 +1,10 @@
-//! A cluster that has lost its majority begins again from the data of one member.
+//! Lost disks: a cluster that has lost its majority begins again from the data of one member, and a member that has lost
+//! what it acknowledged does not come back under its old id.
 
-use std::{collections::BTreeSet, time::Instant};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
 
 use actd::pb::etcdserverpb::{HashKvRequest, LeaseGrantRequest, MemberListRequest, PutRequest, RangeRequest};
 
@@ -92,5 +96,85 @@ fn data_of_one_member_becomes_a_cluster_of_three_again() {
         while let Err(e) = kv.put(PutRequest { key: "k-last".into(), ..Default::default() }).await {
             assert!(Instant::now() < deadline, "{e}");
         }
+    });
+}
+
+/// Waits until it has ended with the one line that says why.
+async fn ends_for_what_it_lost(cluster: &mut Cluster, at: usize, code: i32) {
+    assert_eq!(cluster.members[at].until_ended().await, Some(code));
+    let log = cluster.members[at].log();
+    assert_eq!(log.lines().filter(|line| line.contains("lost?")).count(), 1, "one line says what happened:\n{log}");
+}
+
+#[test]
+fn a_wiped_member_elects_nobody_and_serves_under_a_new_id() {
+    // D-26
+    run(|| async {
+        let mut cluster = Cluster::start(3, &[]).await;
+        let leader = cluster.until_led().await;
+        let (wiped, behind) = ((leader + 1) % 3, (leader + 2) % 3);
+        put(&cluster, leader, "k-all".to_owned(), 0).await;
+        cluster.until_equal().await;
+        cluster.members[behind].kill();
+        for i in 0..5 {
+            put(&cluster, leader, format!("k{i}"), 0).await;
+        }
+        // Two of three have them, and one of the two loses them. It need not hear of a leader to know.
+        cluster.members[wiped].kill();
+        cluster.members[wiped].wipe();
+        cluster.restart(wiped);
+        ends_for_what_it_lost(&mut cluster, wiped, 1).await;
+        cluster.restart(behind);
+        let leader = cluster.until_led().await;
+        assert_eq!(count(&cluster, leader).await, 6);
+        cluster.remove(leader, wiped).await;
+        let leader = cluster.until_led().await;
+        let new = cluster.add(leader, false).await;
+        cluster.until_equal().await;
+        assert_eq!(count(&cluster, new).await, 6);
+    });
+}
+
+#[test]
+fn a_member_with_an_older_disk_elects_nobody_without_what_it_acknowledged() {
+    run(|| async {
+        // Long enough for the one to come back while its leader still leads.
+        let mut cluster = Cluster::start(3, &["--election-timeout=3000"]).await;
+        let leader = cluster.until_led().await;
+        let (lost, behind) = ((leader + 1) % 3, (leader + 2) % 3);
+        put(&cluster, leader, "k-all".to_owned(), 0).await;
+        cluster.until_equal().await;
+        cluster.members[behind].kill();
+        cluster.members[lost].kill();
+        let (data, image) = (cluster.members[lost].data_dir(), tempfile::tempdir().expect("a temporary folder"));
+        let copy = |from: &std::path::Path, to: &std::path::Path| {
+            let done = std::process::Command::new("cp").arg("-a").arg(from.join(".")).arg(to).status();
+            assert!(done.expect("cp runs").success());
+        };
+        copy(&data, image.path());
+        cluster.restart(lost);
+        for i in 0..5 {
+            put(&cluster, leader, format!("k{i}"), 0).await;
+        }
+        // Two of three have them, and one of the two loses them.
+        cluster.members[lost].kill();
+        std::fs::remove_dir_all(&data).expect("its data is there");
+        std::fs::create_dir(&data).expect("a folder");
+        copy(image.path(), &data);
+        cluster.restart(lost);
+        ends_for_what_it_lost(&mut cluster, lost, 2).await;
+        // Nobody is left to elect the one that never had them.
+        let elections = |cluster: &Cluster| cluster.members[behind].log().matches("starting a new election").count();
+        let before = elections(&cluster);
+        cluster.members[leader].kill();
+        cluster.restart(behind);
+        let deadline = Instant::now() + PATIENCE;
+        while elections(&cluster) == before {
+            assert!(Instant::now() < deadline, "a member that was away stands for no election");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        cluster.restart(leader);
+        let leader = cluster.until_led().await;
+        assert_eq!(count(&cluster, leader).await, 6);
     });
 }

@@ -134,6 +134,13 @@ impl Member {
         self.folder.path().join("data")
     }
 
+    /// Its disk is lost: it begins again as one that joins a running cluster, under its old URLs.
+    pub fn wipe(&mut self) {
+        assert!(self.child.is_none(), "{} runs", self.name);
+        std::fs::remove_dir_all(self.data_dir()).expect("its data is there");
+        self.state = "existing";
+    }
+
     /// Starts with this flag, too, from now on.
     pub fn add_flag(&mut self, flag: &str) {
         self.flags.push(flag.to_owned());

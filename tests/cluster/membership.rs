@@ -8,12 +8,13 @@ use actd::pb::etcdserverpb::{
     RangeRequest, StatusRequest, TxnRequest, WatchCreateRequest, WatchRequest, downgrade_request::DowngradeAction,
     watch_request::RequestUnion,
 };
+use actd::peer::client;
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Code, Request, Status};
 
 use crate::{
     common::Client,
-    members::{Cluster, PATIENCE},
+    members::{Cluster, Member, PATIENCE},
     run,
 };
 
@@ -169,6 +170,28 @@ fn voters_are_added_and_removed_only_where_it_is_safe() {
 }
 
 #[test]
+fn promotions_asked_of_any_member_reach_the_leader() {
+    // C-22; http.md 4.3: also where another member asks.
+    run(|| async {
+        let cluster = Cluster::start(2, &[]).await;
+        cluster.until_led().await;
+        let patience = Duration::from_secs(5);
+        for member in &cluster.members {
+            let url = member.peer_url();
+            let refused = |id| client::promote(&url, id, None, patience);
+            let text = |e: client::Error| match e {
+                client::Error::Refused { status, text, .. } => (status, text.trim().to_owned()),
+                e => panic!("{e}"),
+            };
+            let unknown = text(refused(5).await.expect_err("nobody"));
+            assert_eq!(unknown, (404, "membership: ID not found".to_owned()));
+            let voter = text(refused(member.id).await.expect_err("a voter"));
+            assert_eq!(voter, (412, "membership: can only promote a learner member".to_owned()));
+        }
+    });
+}
+
+#[test]
 fn learners_answer_little_until_they_are_promoted() {
     // C-20, C-22, C-25, C-26
     run(|| async {
@@ -221,20 +244,22 @@ fn removed_members_end_and_do_not_start_again() {
             }
             let ran = cluster.members[which].is_running();
             let mut removed = cluster.remove(by, which).await;
-            let log = removed.log();
-            for words in [
-                r#""msg":"server error","error":"the member has been permanently removed from the cluster""#,
-                r#""msg":"data-dir used by this member must be removed""#,
-            ] {
-                assert_eq!(log.contains(words), ran, "{words} in:\n{log}");
-            }
+            let said = |member: &Member| {
+                let log = member.log();
+                [
+                    r#""msg":"server error","error":"the member has been permanently removed from the cluster""#,
+                    r#""msg":"data-dir used by this member must be removed""#,
+                ]
+                .map(|words| log.lines().filter(|line| line.contains(words)).count())
+            };
+            let [why, what] = said(&removed);
+            assert_eq!((why, what), (usize::from(ran), usize::from(ran)), "{}", removed.log());
             // Also where the others have to tell it.
             removed.start();
-            assert_eq!(removed.until_ended().await, Some(1));
-            let log = removed.log();
-            let last = log.lines().last().expect("a line");
-            assert!(last.contains(r#""level":"fatal""#), "{last}");
-            assert!(last.contains("the member has been permanently removed from the cluster"), "{last}");
+            assert_eq!(removed.until_ended().await, Some(0), "it is no failure, and no supervisor is to try again");
+            let [why, what] = said(&removed);
+            assert_eq!((why, what), (usize::from(ran) + 1, usize::from(ran) + 1), "{}", removed.log());
+            assert!(!removed.log().contains(r#""level":"fatal""#), "{}", removed.log());
             cluster.until_led().await;
             let term = cluster.term().await;
             let put = PutRequest { key: "k".into(), ..Default::default() };

@@ -217,7 +217,13 @@ impl World {
                 Ok(_) if !raft.is_leader => again(),
                 Ok(renewed) => {
                     let pauses = process.status.pauses(instant);
-                    if raft.is_alone || pauses == Some(process.confirmed_pauses) {
+                    let is_strange = renewed == Renewed::Unknown && alive(process, 1) == 0;
+                    if !is_applied && matches!(renewed, Renewed::Ttl { .. }) {
+                        // As with etcd's FastLeaseKeepAlive: whoever is late does not stop those who live.
+                        self.ops[op].may_be_late = true;
+                    }
+                    let process = self.process(m);
+                    if raft.is_alone || !is_strange && pauses == Some(process.confirmed_pauses) {
                         return go_on(self, renewed, is_applied);
                     }
                     // A process that stood still may have been replaced without knowing it (L-11).

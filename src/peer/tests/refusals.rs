@@ -12,6 +12,7 @@ use crate::{
 };
 
 const VERSIONS: &str = "X-Server-Version: 3.7.1\r\nX-Min-Cluster-Version: 3.0.0\r\n";
+const TOO_LONG: &str = "failed to decode raft message (rafthttp: error limit exceeded)\n";
 const CLUSTER_HEADER: &str = "X-Etcd-Cluster-ID: c1\r\n";
 
 async fn ask(url: &str, method_and_path: &str, headers: &str, body: &[u8]) -> String {
@@ -65,6 +66,8 @@ fn refusals_have_their_status_and_text() {
             ("POST /raft", &good, &vote, 204, ""),
             ("POST /raft", &version("9.0.0", "3.0.0"), &vote, 204, ""),
             ("POST /raft/snapshot", &good, b"\0\0\0", 400, "failed to decode raft message (unexpected EOF)\n"),
+            ("POST /raft/snapshot", &good, b"", 400, "failed to decode raft message (EOF)\n"),
+            ("POST /raft/snapshot", &good, b"\x7f\0\0\0\0\0\0\0x", 400, TOO_LONG),
             ("POST /raft/snapshot", &good, &not_snap, 400, "wrong raft message type\n"),
             ("GET /version", "", b"", 200, "other: /version\n"),
             ("GET /raft/", "", b"", 200, "other: /raft/\n"),
