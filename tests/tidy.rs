@@ -30,6 +30,7 @@ fn sources(dir: &str) -> Vec<(PathBuf, String)> {
 /// The code of a file: without comments, and up to its tests.
 fn code(text: &str) -> String {
     let text = text.split("#[cfg(test)]\nmod tests {").next().unwrap_or(text);
+    let text = text.split("#[cfg(test)]\npub(super) mod tests {").next().unwrap_or(text);
     text.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n")
 }
 

@@ -71,7 +71,7 @@ impl Routes {
         &self.handle
     }
 
-    pub async fn call<B>(&self, mut request: Request<B>) -> Response<Body>
+    pub async fn call<B>(&self, request: Request<B>) -> Response<Body>
     where
         B: http_body::Body<Data = bytes::Bytes> + Unpin + Send + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>> + Send,
@@ -93,7 +93,6 @@ impl Routes {
         let is_stream = call.as_ref().is_some_and(|call| call.method().is_stream());
         // Before the answer: a leader that is lost meanwhile is noticed.
         let no_leader = (is_stream && needs_leader(request.headers())).then(|| self.no_leader());
-        long::mark(&mut request);
         let request = request.map(|body| Asked::new(body, call.clone()));
         macro_rules! dispatch {
             ($($name:literal => $field:ident,)*) => {
