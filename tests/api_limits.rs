@@ -297,3 +297,38 @@ fn a_hundred_callers_that_give_up_leave_their_connection_alone() {
         assert_eq!(event.expect("the watch lives").expect("an answer").events.len(), 1);
     });
 }
+
+#[test]
+fn compressed_requests_are_taken_and_answered_alike() {
+    use tonic::codec::CompressionEncoding::Gzip;
+    let server = start(&[]);
+    runtime().block_on(async {
+        let plain = Client::connect(&server).await.kv;
+        let mut compressed = plain.clone().send_compressed(Gzip).accept_compressed(Gzip);
+        compressed.put(put(5_000)).await.expect("a put");
+        let get = RangeRequest { key: "k".into(), ..Default::default() };
+        let encoding =
+            |answer: &tonic::Response<_>| answer.metadata().get("grpc-encoding").map(|e| e.as_bytes().to_vec());
+        let answer = compressed.range(get.clone()).await.expect("an answer");
+        assert_eq!(encoding(&answer), Some(b"gzip".to_vec()));
+        assert_eq!(answer.get_ref().kvs[0].decode_record().expect("a record").value.len(), 5_000);
+        // What a client would take does not matter, what it sent does.
+        let answer = plain.clone().accept_compressed(Gzip).range(get.clone()).await.expect("an answer");
+        assert_eq!(encoding(&answer), None);
+        let mut parts = compressed.range_stream(get.clone()).await.expect("a stream").into_inner();
+        assert!(parts.message().await.expect("a part").is_some());
+
+        // G-11 holds for what comes out.
+        let status = compressed.put(put(2_200_000)).await.expect_err("larger than any message");
+        let text = "grpc: received message after decompression larger than max 2097152";
+        assert_eq!((status.code(), status.message()), (Code::ResourceExhausted, text));
+        let status = compressed.put(put(1_572_864)).await.expect_err("too large");
+        assert_eq!((status.code(), status.message()), (Code::InvalidArgument, "etcdserver: request is too large"));
+
+        let mut unknown = tonic::Request::new(get);
+        unknown.metadata_mut().insert("grpc-encoding", "deflate".parse().expect("a value"));
+        let status = plain.clone().range(unknown).await.expect_err("unknown");
+        let text = "grpc: Decompressor is not installed for grpc-encoding \"deflate\"";
+        assert_eq!((status.code(), status.message()), (Code::Unimplemented, text));
+    });
+}

@@ -3,8 +3,8 @@
 
 use std::time::{Duration, Instant};
 
-use http::{HeaderMap, Request, Response};
-use tonic::{Code, Status, body::Body};
+use http::{HeaderMap, HeaderValue, Request, Response};
+use tonic::{Code, Status, body::Body, codec::CompressionEncoding};
 use tower_service::Service;
 
 use super::{
@@ -42,6 +42,9 @@ pub struct Routes {
 const LEARNER_MAY: [&str; 3] =
     ["/etcdserverpb.KV/Range", "/etcdserverpb.Maintenance/Status", "/etcdserverpb.Maintenance/Snapshot"];
 
+const ENCODING: &str = "grpc-encoding";
+const ACCEPT_ENCODING: &str = "grpc-accept-encoding";
+
 impl Routes {
     pub fn new(handle: Handle) -> Self {
         let receive_max = status::receive_max(handle.server.settings.max_request_bytes);
@@ -50,6 +53,8 @@ impl Routes {
                 $server::new(handle.clone())
                     .max_decoding_message_size(receive_max)
                     .max_encoding_message_size(usize::MAX)
+                    .accept_compressed(CompressionEncoding::Gzip)
+                    .send_compressed(CompressionEncoding::Gzip)
             };
         }
         Self {
@@ -71,7 +76,7 @@ impl Routes {
         &self.handle
     }
 
-    pub async fn call<B>(&self, request: Request<B>) -> Response<Body>
+    pub async fn call<B>(&self, mut request: Request<B>) -> Response<Body>
     where
         B: http_body::Body<Data = bytes::Bytes> + Unpin + Send + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>> + Send,
@@ -81,6 +86,9 @@ impl Routes {
             return Status::unimplemented(format!("malformed method name: {:?}", uri.path())).into_http();
         };
         if let Err(status) = self.check(uri.path(), request.headers()) {
+            return status.into_http();
+        }
+        if let Err(status) = settle_compression(request.headers_mut()) {
             return status.into_http();
         }
         let timeout = match timeout_of(request.headers()) {
@@ -165,6 +173,23 @@ impl Routes {
         }
         response
     }
+}
+
+/// An answer is compressed as its request is, whatever else the client would take, or not at all.
+fn settle_compression(headers: &mut HeaderMap) -> Result<(), Status> {
+    headers.remove(ACCEPT_ENCODING);
+    match headers.get(ENCODING).map(HeaderValue::as_bytes) {
+        None | Some(b"identity") => {}
+        Some(b"gzip") => {
+            headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("gzip"));
+        }
+        Some(other) => {
+            let other = String::from_utf8_lossy(other);
+            let text = format!("grpc: Decompressor is not installed for grpc-encoding {other:?}");
+            return Err(Status::unimplemented(text));
+        }
+    }
+    Ok(())
 }
 
 fn needs_leader(headers: &HeaderMap) -> bool {

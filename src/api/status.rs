@@ -55,6 +55,15 @@ pub fn of_transport(found: &Status, bad_message: &str, limit: usize) -> Option<S
             let size = text.split_whitespace().find_map(|word| word.parse::<usize>().ok()).unwrap_or(0);
             Some(Status::resource_exhausted(format!("grpc: received message larger than max ({size} vs. {limit})")))
         }
+        (Code::ResourceExhausted, text) if text.starts_with("Error decompressing: size limit") => Some(
+            Status::resource_exhausted(format!("grpc: received message after decompression larger than max {limit}")),
+        ),
+        (Code::Internal, text) if text.starts_with("Error decompressing: ") => Some(Status::internal(
+            text.replace("Error decompressing", "grpc: failed to decompress the received message"),
+        )),
+        (Code::Internal, text) if text.contains("message with compressed-flag but no grpc-encoding") => {
+            Some(Status::internal("grpc: compressed flag set with identity or empty encoding"))
+        }
         (Code::Internal, text) if text.contains("failed to decode Protobuf message") => {
             Some(Status::internal(format!("{bad_message}: {text}")))
         }
