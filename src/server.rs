@@ -426,7 +426,7 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
     let limits = Limits { max_concurrent_streams: config.max_concurrent_streams, pings: config.server_pings() };
     let front = Front::new(&config.cors, &config.host_whitelist);
     let runtimes = Arc::new(Runtimes::start(&server, parts, &limits, front));
-    let listeners = listen(config, &runtimes, descriptors.clients).await?;
+    let listeners = listen(config, &runtimes, &descriptors).await?;
     tracing::info!(
         member_id = format!("{:x}", ids.member),
         cluster_id = format!("{:x}", ids.cluster),
@@ -523,7 +523,7 @@ async fn publish(server: &Arc<api::Server>, config: &Config, runtime: usize) -> 
 async fn listen(
     config: &Config,
     runtimes: &Arc<Runtimes>,
-    connections: usize,
+    descriptors: &Descriptors,
 ) -> anyhow::Result<Vec<tokio::task::JoinHandle<()>>> {
     let on_client_port = if config.listen_client_http_urls.is_empty() { Serves::GrpcAndHttp } else { Serves::Grpc };
     let groups = [
@@ -540,11 +540,14 @@ async fn listen(
             }
         }
     }
-    let places = Arc::new(tokio::sync::Semaphore::new(connections));
+    let (clients, metrics) = descriptors.for_clients_and_metrics(!config.listen_metrics_urls.is_empty());
+    let places = |connections| Arc::new(tokio::sync::Semaphore::new(connections));
+    let (clients, metrics) = (places(clients), places(metrics));
     Ok(bound
         .into_iter()
         .map(|(listener, serves, url)| {
             tracing::info!(address = %url, "serving clients");
+            let places = if serves == Serves::Metrics { &metrics } else { &clients };
             tokio::spawn(listener::accept(listener, runtimes.clone(), serves, places.clone()))
         })
         .collect())

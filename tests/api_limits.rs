@@ -233,7 +233,9 @@ fn second_process_on_one_data_directory_is_refused() {
 #[test]
 fn held_connections_leave_the_log_its_descriptors() {
     let program = common::server_under_test(env!("CARGO_BIN_EXE_actd"));
-    let mut server = Server::start_with_open_files(&program, 200);
+    let [metrics, _] = common::free_ports();
+    let listen_metrics = format!("--listen-metrics-urls=http://127.0.0.1:{metrics}");
+    let mut server = Server::start_with_open_files(&program, 200, &[&listen_metrics]);
     runtime().block_on(async {
         let mut client = Client::connect(&server).await;
         client.kv.put(put(1)).await.expect("a put before");
@@ -247,6 +249,10 @@ fn held_connections_leave_the_log_its_descriptors() {
                 .put(put(1_000_000))
                 .await
                 .unwrap_or_else(|e| panic!("a put beside: {e}\n{}", server.stderr_tail()));
+        }
+        // Metrics have places of their own.
+        for path in ["/metrics", "/health"] {
+            assert!(common::http_get(metrics, path).is_some_and(|text| !text.is_empty()), "{path}");
         }
         drop((held, of_members));
         // The places are free again.
