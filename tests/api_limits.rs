@@ -305,6 +305,40 @@ fn a_hundred_callers_that_give_up_leave_their_connection_alone() {
 }
 
 #[test]
+fn calls_for_one_request_refuse_none_and_many() {
+    let server = start(&[]);
+    runtime().block_on(async {
+        let channel = channel(&server).await;
+        let said = async |path: &'static str, messages: &[&'static [u8]]| {
+            let mut grpc = tonic::client::Grpc::new(channel.clone());
+            grpc.ready().await.expect("ready");
+            let path = http::uri::PathAndQuery::from_static(path);
+            let messages: Vec<_> = messages.iter().map(|m| Bytes::from_static(m)).collect();
+            let request = tonic::Request::new(tokio_stream::iter(messages));
+            let ended = async {
+                let mut stream = grpc.streaming(request, path, RawCodec).await?.into_inner();
+                while stream.message().await?.is_some() {}
+                Ok::<_, Status>(())
+            };
+            ended.await.map_or_else(|e| format!("{:?}: {}", e.code(), e.message()), |()| "fine".to_owned())
+        };
+        let get: &[u8] = b"\x0a\x01k";
+        assert_eq!(said("/etcdserverpb.KV/Range", &[]).await, "Unknown: EOF");
+        assert_eq!(said("/etcdserverpb.KV/Range", &[get, get]).await, "fine");
+        for path in ["/etcdserverpb.KV/RangeStream", "/etcdserverpb.Maintenance/Snapshot"] {
+            let none = "Internal: cardinality violation: received no request message from non-client-streaming RPC";
+            assert_eq!(said(path, &[]).await, none, "{path}");
+            let many =
+                "Internal: cardinality violation: received multiple request messages for non-client-streaming RPC";
+            assert_eq!(said(path, &[get, get]).await, many, "{path}");
+            let bad = said(path, &[b"\xff\xff"]).await;
+            assert!(bad.starts_with("Internal: grpc: failed to unmarshal the received message: "), "{path}: {bad}");
+        }
+        assert_eq!(said("/etcdserverpb.KV/RangeStream", &[get]).await, "fine");
+    });
+}
+
+#[test]
 fn compressed_requests_are_taken_and_answered_alike() {
     use tonic::codec::CompressionEncoding::Gzip;
     let server = start(&[]);

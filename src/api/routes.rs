@@ -1,6 +1,10 @@
 //! From a gRPC path to its service, and what holds for every call: metadata checks, deadlines, transport errors'
 //! texts, counters.
 
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
 use std::time::{Duration, Instant};
 
 use http::{HeaderMap, HeaderValue, Request, Response};
@@ -101,7 +105,9 @@ impl Routes {
         let is_stream = call.as_ref().is_some_and(|call| call.method().is_stream());
         // Before the answer: a leader that is lost meanwhile is noticed.
         let no_leader = (is_stream && needs_leader(request.headers())).then(|| self.no_leader());
-        let request = request.map(|body| Asked::new(body, call.clone()));
+        let takes_one = call.as_ref().is_some_and(|call| call.method().kind == "server_stream");
+        let messages = Arc::new(AtomicU64::new(0));
+        let request = request.map(|body| Asked::new(body, call.clone(), messages.clone()));
         macro_rules! dispatch {
             ($($name:literal => $field:ident,)*) => {
                 match service {
@@ -124,7 +130,10 @@ impl Routes {
             "v3electionpb.Election" => election,
             "grpc.health.v1.Health" => health,
         };
-        let response = long::finish(self.transport_texts(response, service, method));
+        let response = match messages.load(Ordering::Relaxed) {
+            2.. if takes_one => status::many_messages().into_http(),
+            _ => long::finish(self.transport_texts(response, service, method, takes_one)),
+        };
         let Some(call) = call else { return response };
         let (took, expected) = (began.elapsed(), self.handle.server.settings.slow_request);
         if !is_stream && !expected.is_zero() && took > expected {
@@ -156,7 +165,13 @@ impl Routes {
     }
 
     /// Errors of the transport itself get the texts of etcd's gRPC library.
-    fn transport_texts(&self, mut response: Response<Body>, service: &str, method: &str) -> Response<Body> {
+    fn transport_texts(
+        &self,
+        mut response: Response<Body>,
+        service: &str,
+        method: &str,
+        is_stream: bool,
+    ) -> Response<Body> {
         if response.headers().get("grpc-status").is_none() {
             return response;
         }
@@ -166,6 +181,8 @@ impl Routes {
             (Code::Unimplemented, "") => {
                 Some(Status::unimplemented(format!("unknown method {method} for service {service}")))
             }
+            (Code::Internal, "Missing request message.") => Some(status::no_message(is_stream)),
+            _ if is_stream => status::of_transport(&found, status::BAD_STREAM_MESSAGE, self.receive_max),
             _ => status::of_transport(&found, "grpc: error unmarshalling request", self.receive_max),
         };
         if let Some(status) = replaced {
