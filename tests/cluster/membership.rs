@@ -267,6 +267,9 @@ fn members_without_quorum_say_so() {
         refused(kv.range(range.clone()).await, Code::Unavailable, "etcdserver: request timed out");
         let put = PutRequest { key: "k".into(), ..Default::default() };
         refused(kv.put(put).await, Code::DeadlineExceeded, "context deadline exceeded");
+        // Who knows whether there is such a member by now?
+        let update = MemberUpdateRequest { id: 7, peer_ur_ls: vec!["http://127.0.0.1:1".to_owned()] };
+        refused(members.member_update(update).await, Code::DeadlineExceeded, "context deadline exceeded");
         kv.range(RangeRequest { serializable: true, ..range }).await.expect("a serializable read");
         let local = MemberListRequest { linearizable: false };
         assert_eq!(members.member_list(local).await.expect("a local list").into_inner().members.len(), 3);
