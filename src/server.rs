@@ -170,7 +170,6 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
             quota_configured: config.quota_backend_bytes,
             request_timeout,
             min_lease_ttl,
-            max_learners: usize::try_from(config.max_learners).unwrap_or(0),
             strict_reconfig_check: config.strict_reconfig_check,
             election_timeout: Duration::from_millis(config.election_timeout_ms),
             slow_request: config.slow_unary_request(),
