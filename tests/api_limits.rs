@@ -305,6 +305,27 @@ fn a_hundred_callers_that_give_up_leave_their_connection_alone() {
 }
 
 #[test]
+fn cancelled_watch_ends_as_cancelled() {
+    // W-12
+    let server = start(&[]);
+    let ended = "grpc_server_handled_total{grpc_type=\"bidi_stream\",grpc_service=\"etcdserverpb.Watch\",\
+                 grpc_method=\"Watch\",grpc_code=\"Canceled\"}";
+    let rt = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
+    rt.block_on(async {
+        let mut client = Client::connect(&server).await;
+        let create = WatchCreateRequest { key: "k".into(), ..Default::default() };
+        let (requests, inbox) = tokio::sync::mpsc::unbounded_channel();
+        requests.send(WatchRequest { request_union: Some(RequestUnion::CreateRequest(create)) }).expect("open");
+        let mut events = client.watch.watch(UnboundedReceiverStream::new(inbox)).await.expect("a watch").into_inner();
+        assert!(events.message().await.expect("open").expect("an answer").created);
+        assert_eq!(server.metric(ended).unwrap_or(0.0), 0.0);
+        drop((events, requests));
+        until_metric(&server, ended, 1.0);
+        until_metric(&server, "etcd_debugging_mvcc_watcher_total", 0.0);
+    });
+}
+
+#[test]
 fn calls_for_one_request_refuse_none_and_many() {
     let server = start(&[]);
     runtime().block_on(async {
