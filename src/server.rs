@@ -174,7 +174,6 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
             quota_configured: config.quota_backend_bytes,
             request_timeout,
             min_lease_ttl,
-            max_learners: usize::try_from(config.max_learners).unwrap_or(0),
             strict_reconfig_check: config.strict_reconfig_check,
             election_timeout: Duration::from_millis(config.election_timeout_ms),
             slow_request: config.slow_unary_request(),
@@ -430,7 +429,7 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
     let limits = Limits { max_concurrent_streams: config.max_concurrent_streams, pings: config.server_pings() };
     let front = Front::new(&config.cors, &config.host_whitelist);
     let runtimes = Arc::new(Runtimes::start(&server, parts, &limits, front));
-    let listeners = listen(client_ports, &runtimes, descriptors.clients)?;
+    let listeners = listen(client_ports, &runtimes, &descriptors, !config.listen_metrics_urls.is_empty())?;
     tracing::info!(
         member_id = format!("{:x}", ids.member),
         cluster_id = format!("{:x}", ids.cluster),
@@ -548,9 +547,12 @@ async fn claim(config: &Config) -> anyhow::Result<Vec<ClientPort<'_>>> {
 fn listen(
     ports: Vec<ClientPort<'_>>,
     runtimes: &Arc<Runtimes>,
-    connections: usize,
+    descriptors: &Descriptors,
+    with_metrics: bool,
 ) -> anyhow::Result<Vec<tokio::task::JoinHandle<()>>> {
-    let places = Arc::new(tokio::sync::Semaphore::new(connections));
+    let (clients, metrics) = descriptors.for_clients_and_metrics(with_metrics);
+    let places = |connections| Arc::new(tokio::sync::Semaphore::new(connections));
+    let (clients, metrics) = (places(clients), places(metrics));
     let mut listeners = Vec::new();
     // All listen before the first is served.
     for (claimed, serves, url) in ports {
@@ -560,6 +562,7 @@ fn listen(
         .into_iter()
         .map(|(listener, serves, url)| {
             tracing::info!(address = %url, "serving clients");
+            let places = if serves == Serves::Metrics { &metrics } else { &clients };
             tokio::spawn(listener::accept(listener, runtimes.clone(), serves, places.clone()))
         })
         .collect())

@@ -429,3 +429,60 @@ fn corrupt_alarm_keeps_leases_from_ending() {
         }
     });
 }
+
+#[test]
+fn leases_that_end_together_fail_nobody_else() {
+    // L-17, L-18: thousands end within a second, a bounded part of them at a time, and others notice nothing.
+    const LEASES: i64 = 20_000;
+    const REVOKING_MAX: u64 = 1_000;
+    const GRANTERS: i64 = 64;
+    const TOGETHER_AFTER: u64 = 14;
+    let server = start(&[]);
+    let port = server.client_port;
+    let under_way = move || {
+        let metrics = common::http_get(port, "/metrics").expect("metrics");
+        let line =
+            metrics.lines().find(|l| l.starts_with("actd_gate_slots_used{gate=\"proposals\"}")).expect("the gate");
+        line.rsplit(' ').next().and_then(|n| n.parse::<u64>().ok()).expect("a number")
+    };
+    block_on(async {
+        let mut c = Client::connect(&server).await;
+        let began = Instant::now();
+        let granters = (0..GRANTERS).map(|first| {
+            let mut c = c.clone();
+            tokio::spawn(async move {
+                for id in (1 + first..=LEASES).step_by(GRANTERS as usize) {
+                    let ttl = TOGETHER_AFTER.saturating_sub(began.elapsed().as_secs()).max(SHORTEST as u64) as i64;
+                    grant(&mut c, id, ttl).await.expect("a grant");
+                    if id % 10 == 0 {
+                        let leased = PutRequest { key: format!("leased-{id}").into(), lease: id, ..Default::default() };
+                        c.kv.put(leased).await.expect("a put");
+                    }
+                }
+            })
+        });
+        for granter in granters.collect::<Vec<_>>() {
+            granter.await.expect("all are granted");
+        }
+        println!("granted in {:?}", began.elapsed());
+
+        grant(&mut c, LEASES + 1, RENEWED).await.expect("a grant");
+        leased(&mut c, "kept", LEASES + 1).await;
+        let (keep_alive, first) = KeepAlive::open(&c, LEASES + 1).await;
+        assert_eq!(first.ttl, RENEWED);
+        let mut keep_alive = keep_alive;
+        let (mut most, mut puts) = (0, 0);
+        while leases(&mut c).await.len() > 1 {
+            assert!(began.elapsed() < Duration::from_secs(TOGETHER_AFTER) + 4 * LATE, "leases are left");
+            c.put(put("other", "v")).await.expect("a put beside");
+            keep_alive.ask(LEASES + 1);
+            assert_eq!(keep_alive.next().await.ttl, RENEWED);
+            most = most.max(tokio::task::spawn_blocking(under_way).await.expect("metrics"));
+            puts += 1;
+        }
+        println!("ended after {:?}; {puts} puts beside; at most {most} under way", began.elapsed());
+        assert!(most <= REVOKING_MAX + 1, "{most} at once");
+        let left = keys(&c.range(everything()).await.expect("a range"));
+        assert_eq!(left, ["kept", "other"]);
+    });
+}

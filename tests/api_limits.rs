@@ -233,7 +233,9 @@ fn second_process_on_one_data_directory_is_refused() {
 #[test]
 fn held_connections_leave_the_log_its_descriptors() {
     let program = common::server_under_test(env!("CARGO_BIN_EXE_actd"));
-    let mut server = Server::start_with_open_files(&program, 200);
+    let [metrics, _] = common::free_ports();
+    let listen_metrics = format!("--listen-metrics-urls=http://127.0.0.1:{metrics}");
+    let mut server = Server::start_with_open_files(&program, 200, &[&listen_metrics]);
     runtime().block_on(async {
         let mut client = Client::connect(&server).await;
         client.kv.put(put(1)).await.expect("a put before");
@@ -247,6 +249,10 @@ fn held_connections_leave_the_log_its_descriptors() {
                 .put(put(1_000_000))
                 .await
                 .unwrap_or_else(|e| panic!("a put beside: {e}\n{}", server.stderr_tail()));
+        }
+        // Metrics have places of their own.
+        for path in ["/metrics", "/health"] {
+            assert!(common::http_get(metrics, path).is_some_and(|text| !text.is_empty()), "{path}");
         }
         drop((held, of_members));
         // The places are free again.
@@ -295,5 +301,95 @@ fn a_hundred_callers_that_give_up_leave_their_connection_alone() {
         client.kv.put(put(1)).await.expect("a put on the same connection");
         let event = tokio::time::timeout(PATIENCE, events.message()).await.expect("in time");
         assert_eq!(event.expect("the watch lives").expect("an answer").events.len(), 1);
+    });
+}
+
+#[test]
+fn cancelled_watch_ends_as_cancelled() {
+    // W-12
+    let server = start(&[]);
+    let ended = "grpc_server_handled_total{grpc_type=\"bidi_stream\",grpc_service=\"etcdserverpb.Watch\",\
+                 grpc_method=\"Watch\",grpc_code=\"Canceled\"}";
+    let rt = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
+    rt.block_on(async {
+        let mut client = Client::connect(&server).await;
+        let create = WatchCreateRequest { key: "k".into(), ..Default::default() };
+        let (requests, inbox) = tokio::sync::mpsc::unbounded_channel();
+        requests.send(WatchRequest { request_union: Some(RequestUnion::CreateRequest(create)) }).expect("open");
+        let mut events = client.watch.watch(UnboundedReceiverStream::new(inbox)).await.expect("a watch").into_inner();
+        assert!(events.message().await.expect("open").expect("an answer").created);
+        assert_eq!(server.metric(ended).unwrap_or(0.0), 0.0);
+        drop((events, requests));
+        until_metric(&server, ended, 1.0);
+        until_metric(&server, "etcd_debugging_mvcc_watcher_total", 0.0);
+    });
+}
+
+#[test]
+fn calls_for_one_request_refuse_none_and_many() {
+    let server = start(&[]);
+    runtime().block_on(async {
+        let channel = channel(&server).await;
+        let said = async |path: &'static str, messages: &[&'static [u8]]| {
+            let mut grpc = tonic::client::Grpc::new(channel.clone());
+            grpc.ready().await.expect("ready");
+            let path = http::uri::PathAndQuery::from_static(path);
+            let messages: Vec<_> = messages.iter().map(|m| Bytes::from_static(m)).collect();
+            let request = tonic::Request::new(tokio_stream::iter(messages));
+            let ended = async {
+                let mut stream = grpc.streaming(request, path, RawCodec).await?.into_inner();
+                while stream.message().await?.is_some() {}
+                Ok::<_, Status>(())
+            };
+            ended.await.map_or_else(|e| format!("{:?}: {}", e.code(), e.message()), |()| "fine".to_owned())
+        };
+        let get: &[u8] = b"\x0a\x01k";
+        assert_eq!(said("/etcdserverpb.KV/Range", &[]).await, "Unknown: EOF");
+        assert_eq!(said("/etcdserverpb.KV/Range", &[get, get]).await, "fine");
+        for path in ["/etcdserverpb.KV/RangeStream", "/etcdserverpb.Maintenance/Snapshot"] {
+            let none = "Internal: cardinality violation: received no request message from non-client-streaming RPC";
+            assert_eq!(said(path, &[]).await, none, "{path}");
+            let many =
+                "Internal: cardinality violation: received multiple request messages for non-client-streaming RPC";
+            assert_eq!(said(path, &[get, get]).await, many, "{path}");
+            let bad = said(path, &[b"\xff\xff"]).await;
+            assert!(bad.starts_with("Internal: grpc: failed to unmarshal the received message: "), "{path}: {bad}");
+        }
+        assert_eq!(said("/etcdserverpb.KV/RangeStream", &[get]).await, "fine");
+    });
+}
+
+#[test]
+fn compressed_requests_are_taken_and_answered_alike() {
+    use tonic::codec::CompressionEncoding::Gzip;
+    let server = start(&[]);
+    runtime().block_on(async {
+        let plain = Client::connect(&server).await.kv;
+        let mut compressed = plain.clone().send_compressed(Gzip).accept_compressed(Gzip);
+        compressed.put(put(5_000)).await.expect("a put");
+        let get = RangeRequest { key: "k".into(), ..Default::default() };
+        let encoding =
+            |answer: &tonic::Response<_>| answer.metadata().get("grpc-encoding").map(|e| e.as_bytes().to_vec());
+        let answer = compressed.range(get.clone()).await.expect("an answer");
+        assert_eq!(encoding(&answer), Some(b"gzip".to_vec()));
+        assert_eq!(answer.get_ref().kvs[0].decode_record().expect("a record").value.len(), 5_000);
+        // What a client would take does not matter, what it sent does.
+        let answer = plain.clone().accept_compressed(Gzip).range(get.clone()).await.expect("an answer");
+        assert_eq!(encoding(&answer), None);
+        let mut parts = compressed.range_stream(get.clone()).await.expect("a stream").into_inner();
+        assert!(parts.message().await.expect("a part").is_some());
+
+        // G-11 holds for what comes out.
+        let status = compressed.put(put(2_200_000)).await.expect_err("larger than any message");
+        let text = "grpc: received message after decompression larger than max 2097152";
+        assert_eq!((status.code(), status.message()), (Code::ResourceExhausted, text));
+        let status = compressed.put(put(1_572_864)).await.expect_err("too large");
+        assert_eq!((status.code(), status.message()), (Code::InvalidArgument, "etcdserver: request is too large"));
+
+        let mut unknown = tonic::Request::new(get);
+        unknown.metadata_mut().insert("grpc-encoding", "deflate".parse().expect("a value"));
+        let status = plain.clone().range(unknown).await.expect_err("unknown");
+        let text = "grpc: Decompressor is not installed for grpc-encoding \"deflate\"";
+        assert_eq!((status.code(), status.message()), (Code::Unimplemented, text));
     });
 }

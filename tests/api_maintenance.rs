@@ -235,7 +235,7 @@ fn corrupt_alarm_refuses_every_replicated_change() {
         c.set("a", "v").await;
         let id = c.grant(60).await;
         alarm(&mut c, ACTIVATE, 7, CORRUPT).await.expect("raised");
-        // M-13
+        // M-13, KV-84
         assert_eq!(refusal(c.put(put("a", "v")).await), corrupt());
         assert_eq!(refusal(c.delete(delete("x")).await), corrupt());
         assert_eq!(refusal(c.txn(all([delete("x").op()])).await), corrupt());
@@ -398,6 +398,54 @@ fn writes_go_on_around_defragmentation() {
         tokio::join!(writes, defragments);
         let found = c.range(everything()).await.expect("a read");
         assert_eq!((found.count, found.header.expect("a header").revision), (300, 301));
+    });
+}
+
+#[test]
+fn defragmentation_killed_at_any_moment_loses_nothing() {
+    // M-21
+    const KEYS: i64 = 60;
+    let mut server = start(&[]);
+    for pause in [0, 1, 5, 20, 60] {
+        block_on(async {
+            let mut c = Client::connect(&server).await;
+            for n in 0..KEYS {
+                c.set(format!("k{n:02}"), vec![b'x'; 20_000]).await;
+            }
+            let defragment = tokio::spawn(async move { c.maintenance.defragment(DefragmentRequest {}).await });
+            // Wherever it is by then.
+            tokio::time::sleep(Duration::from_millis(pause)).await;
+            server.kill();
+            let _ = defragment.await;
+        });
+        server.restart();
+        block_on(async {
+            let mut c = Client::connect(&server).await;
+            let found = c.range(everything()).await.expect("a read");
+            assert_eq!(found.count, KEYS, "killed after {pause} ms");
+            assert!(common::calls::records(&found.kvs).iter().all(|kv| kv.value.len() == 20_000));
+        });
+    }
+}
+
+#[test]
+fn reads_and_writes_go_on_during_a_compaction() {
+    // KV-83: in slices of five keys, with pauses between them.
+    const KEYS: i64 = 1_000;
+    let flags = ["--compaction-batch-limit=5", "--compaction-sleep-interval=10ms"];
+    with_client(&flags, |mut c| async move {
+        for n in 0..2 * KEYS {
+            c.set(format!("k{:04}", n % KEYS), "v").await;
+        }
+        let mut other = c.clone();
+        let compaction = tokio::spawn(async move { other.compact(2 * KEYS, true).await });
+        for n in 0..50 {
+            c.set(format!("beside-{n}"), "v").await;
+            assert_eq!(c.range(get("k0007")).await.expect("a read").count, 1);
+        }
+        assert!(!compaction.is_finished(), "the compaction was over before the writes");
+        compaction.await.expect("no panic").expect("a compaction");
+        assert_eq!(c.range(everything()).await.expect("a read").count, KEYS + 50);
     });
 }
 

@@ -36,6 +36,31 @@ fn refusal(args: &[&str], env: Pairs, file: Option<&str>) -> String {
     last.fields[0].1.clone()
 }
 
+#[test]
+fn empty_urls_leave_what_was_said_before() {
+    let of = |args: &[&str]| run(args, &[], None).0;
+    let [client, other] = ["http://127.0.0.1:1", "http://127.0.0.1:2"];
+    let shown = |urls: &[actd::config::Url]| urls.iter().map(ToString::to_string).collect::<Vec<_>>();
+    let listen = format!("--listen-client-urls={client}");
+    let config = of(&[
+        &listen,
+        "--listen-client-urls=",
+        &format!("--advertise-client-urls={other}"),
+        "--advertise-client-urls=",
+    ]);
+    assert_eq!(shown(&config.listen_client_urls), [client]);
+    assert_eq!(shown(&config.advertise_client_urls), [other]);
+    // The flag counts as given.
+    let config = of(&[&listen, "--advertise-client-urls="]);
+    assert_eq!(shown(&config.advertise_client_urls), ["http://localhost:2379"]);
+}
+
+#[test]
+fn empty_name_is_none_of_the_first_members() {
+    let (config, _) = run(&["--name="], &[], None);
+    assert_eq!((config.name.as_str(), config.initial_cluster.as_str()), ("", "default=http://localhost:2380"));
+}
+
 fn in_file(text: &str) -> Result<Loaded, Exit> {
     try_load(&["--config-file=x"], &[], Some(text))
 }
@@ -266,6 +291,7 @@ fn validation_has_etcds_texts() {
         (&["--logger=x"], r#"unknown logger option "x""#),
         (&["--logger="], r#"unknown logger option """#),
         (&["--logger=capnslog"], "--logger=capnslog is removed in v3.5"),
+        (&["--log-outputs="], r#"open sink "": open : no such file or directory"#),
         (&["--log-outputs=default,stdout"], r#"multi logoutput for "default" is not supported yet"#),
         (
             &["--enable-log-rotation"],

@@ -143,6 +143,33 @@ fn wrong_methods_and_paths_are_refused_as_by_go() {
 }
 
 #[test]
+fn untidy_paths_are_sent_to_tidy_ones() {
+    let server = start();
+    let cases = [
+        ("//health", "/health"),
+        ("/a/../health", "/health"),
+        ("/livez/./nope?a=1&b=2", "/livez/nope?a=1&b=2"),
+        ("/version//", "/version/"),
+        ("/health/..", "/"),
+        ("/../", "/"),
+        ("/v3", "/v3/"),
+    ];
+    for (path, to) in cases {
+        let (status, headers, body) = ask(&server, "GET", path);
+        assert_eq!(status, "307 Temporary Redirect", "{path}");
+        assert!(headers.lines().any(|line| line == format!("location: {to}")), "{path}: {headers}");
+        assert_eq!(body, format!("<a href=\"{}\">Temporary Redirect</a>.\n\n", to.replace('&', "&amp;")), "{path}");
+    }
+    let (status, headers, body) = ask(&server, "POST", "//health");
+    assert_eq!((status.as_str(), body.as_str()), ("307 Temporary Redirect", ""));
+    assert!(!headers.lines().any(|line| line.starts_with("content-type:")), "{headers}");
+    for path in ["/livez/", "/livez/nope", "/readyz/", "/livez/non_learner"] {
+        assert!(ask(&server, "POST", path).0.starts_with("404"), "{path}");
+    }
+    assert!(ask(&server, "POST", "/readyz/non_learner").0.starts_with("405"));
+}
+
+#[test]
 fn alarms_show_in_health_and_readiness() {
     let server = start();
     let runtime = runtime();

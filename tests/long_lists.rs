@@ -3,7 +3,10 @@
 
 mod common;
 
-use std::{path::Path, time::Instant};
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use actd::pb::etcdserverpb::{
     CompactionRequest, PutRequest, RangeRequest, RangeResponse, RequestOp, TxnRequest, request_op::Request,
@@ -202,7 +205,7 @@ async fn many_lists_at_once_share_a_bounded_memory() {
         lists.push(tokio::spawn(async move {
             let mut stream = begin(channel, &everything()).await?;
             // Slow clients: all have begun before the first goes on.
-            tokio::time::sleep(std::time::Duration::from_secs(3)).await;
+            tokio::time::sleep(Duration::from_secs(3)).await;
             let message = stream.message().await?.expect("one message");
             Ok::<_, Status>(message.len())
         }));
@@ -221,45 +224,111 @@ async fn many_lists_at_once_share_a_bounded_memory() {
     assert!(most.saturating_sub(before) < MAY_GROW_MIB << 10, "grew from {before} KiB to {most} KiB");
 }
 
+/// `name` of a gate in the server's metrics.
+fn gate(server: &Server, gate: &str, name: &str) -> u64 {
+    let text = common::http_get(server.client_port, "/metrics").expect("metrics");
+    let line = text.lines().find(|line| line.starts_with(&format!("{name}{{gate=\"{gate}\"}}")));
+    line.and_then(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).expect("a number")
+}
+
+/// Waits until `done`.
+async fn until(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !done() {
+        assert!(Instant::now() < deadline, "{what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+fn by_key_descending() -> RangeRequest {
+    RangeRequest { sort_order: 2, ..everything() }
+}
+
+/// How long a list may take while others are not read: a moment, and what a loaded machine adds.
+const SOON: Duration = Duration::from_secs(5);
+
 #[tokio::test]
-async fn clients_that_do_not_read_share_the_memory_of_pieces() {
+async fn clients_that_do_not_read_keep_no_long_read_waiting() {
     const CLIENTS: usize = 80;
-    const PIECES: u64 = 64;
+    const KEYS: usize = 128;
     let server = start();
     let mut client = Client::connect(&server).await;
-    fill(&mut client, 64, 64 << 10).await;
-    let gate = |name: &str| {
-        let text = common::http_get(server.client_port, "/metrics").expect("metrics");
-        let line = text.lines().find(|line| line.starts_with(&format!("{name}{{gate=\"answer_pieces\"}}")));
-        line.and_then(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).expect("a number")
-    };
-    let (go, wait) = tokio::sync::watch::channel(false);
-    let mut lists = Vec::new();
+    fill(&mut client, KEYS, 64 << 10).await;
+    let before = memory(&server, "VmRSS");
+    let mut unread = Vec::new();
     for _ in 0..CLIENTS {
-        let (channel, mut wait) = (channel(&server).await, wait.clone());
-        lists.push(tokio::spawn(async move {
-            let mut stream = begin(channel, &everything()).await?;
-            wait.wait_for(|go| *go).await.expect("the test goes on");
-            let message = stream.message().await?.expect("one message");
-            RangeResponse::decode(message).map(|answer| answer.kvs.len()).map_err(|e| Status::internal(e.to_string()))
-        }));
+        unread.push(begin(channel(&server).await, &everything()).await.expect("the answer begins"));
     }
-    // As many as there is memory for have begun; the others wait.
-    let deadline = Instant::now() + std::time::Duration::from_secs(30);
-    while gate("actd_gate_waits_total") < CLIENTS as u64 - PIECES {
-        assert!(Instant::now() < deadline, "{} wait", gate("actd_gate_waits_total"));
-        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    // Parts of streams take from the same memory.
+    let mut unread_parts = Vec::new();
+    for _ in 0..CLIENTS {
+        let mut kv = Client::connect(&server).await.kv.max_decoding_message_size(usize::MAX);
+        unread_parts.push(kv.range_stream(everything()).await.expect("a stream").into_inner());
     }
-    assert_eq!(gate("actd_gate_bytes_used"), PIECES << 20);
-    // Short reads are none of their business.
-    let one = RangeRequest { key: key(3).into(), ..Default::default() };
-    assert_eq!(whole(channel(&server).await, &one).await.expect("an answer").kvs.len(), 1);
-    go.send(true).expect("they listen");
-    for list in lists {
-        assert_eq!(list.await.expect("no panic").expect("an answer"), 64);
+    until("memory of pieces is taken", || gate(&server, "answer_pieces", "actd_gate_bytes_used") > 60 << 20).await;
+
+    let list = tokio::time::timeout(SOON, whole(channel(&server).await, &everything())).await;
+    assert_eq!(list.expect("in time").expect("an answer").kvs.len(), KEYS);
+    let mut other = Client::connect(&server).await.kv.max_decoding_message_size(usize::MAX);
+    let parts = tokio::time::timeout(SOON, async {
+        let (mut parts, mut keys) = (other.range_stream(everything()).await?.into_inner(), 0);
+        while let Some(part) = parts.message().await? {
+            keys += part.range_response.expect("a part has an answer").kvs.len();
+        }
+        Ok::<_, Status>(keys)
+    });
+    assert_eq!(parts.await.expect("in time").expect("a stream"), KEYS);
+    let sorted = tokio::time::timeout(SOON, whole(channel(&server).await, &by_key_descending())).await;
+    assert_eq!(sorted.expect("in time").expect("an answer").kvs.len(), KEYS);
+    let grown = memory(&server, "VmHWM").saturating_sub(before) >> 10;
+    assert!(grown < MAY_GROW_MIB, "grew by {grown} MiB");
+
+    // Those who read late have missed nothing.
+    for mut stream in unread {
+        let message = stream.message().await.expect("an answer").expect("one message");
+        assert_eq!(RangeResponse::decode(message).expect("a range response").kvs.len(), KEYS);
     }
-    while gate("actd_gate_bytes_used") > 0 {
-        assert!(Instant::now() < deadline, "memory is not given back");
-        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    for mut parts in unread_parts {
+        let mut keys = 0;
+        while let Some(part) = parts.message().await.expect("a part") {
+            keys += part.range_response.expect("a part has an answer").kvs.len();
+        }
+        assert_eq!(keys, KEYS);
     }
+    until("memory is given back", || gate(&server, "answer_pieces", "actd_gate_bytes_used") == 0).await;
+}
+
+#[tokio::test]
+async fn whole_answers_that_nobody_takes_are_bounded_and_make_room() {
+    const CLIENTS: usize = 3;
+    const KEYS: usize = 48 << 4;
+    let server = start();
+    let mut client = Client::connect(&server).await;
+    fill(&mut client, KEYS, 64 << 10).await;
+    let used = |server: &Server| gate(server, "answers_whole", "actd_gate_bytes_used");
+    // One that waits for nobody stays, whoever is slow.
+    let mut slow = begin(channel(&server).await, &by_key_descending()).await.expect("the answer begins");
+    assert_eq!(used(&server), 64 << 20, "the room is kept until the answer is sent");
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(used(&server), 64 << 20, "nobody needs it");
+    let message = slow.message().await.expect("an answer").expect("one message");
+    assert_eq!(RangeResponse::decode(message).expect("a range response").kvs.len(), KEYS);
+    until("room is given back", || used(&server) == 0).await;
+
+    let before = memory(&server, "VmRSS");
+    let mut unread = Vec::new();
+    for _ in 0..CLIENTS {
+        // It begins when the one before it has made room.
+        unread.push(begin(channel(&server).await, &by_key_descending()).await.expect("the answer begins"));
+    }
+    let sorted = tokio::time::timeout(SOON, whole(channel(&server).await, &by_key_descending())).await;
+    assert_eq!(sorted.expect("in time").expect("an answer").kvs.len(), KEYS);
+    for mut stream in unread {
+        let error = stream.message().await.expect_err("cut off");
+        // Clients find the end of the stream in the middle of a message.
+        assert!(matches!(error.code(), Code::Unavailable | Code::Internal), "{error}");
+    }
+    let grown = memory(&server, "VmHWM").saturating_sub(before) >> 10;
+    assert!(grown < MAY_GROW_MIB, "grew by {grown} MiB");
+    until("room is given back", || used(&server) == 0).await;
 }

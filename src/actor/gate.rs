@@ -21,13 +21,39 @@ struct Inner {
     slots_max: AtomicUsize,
     bytes_max: AtomicUsize,
     waits: AtomicU64,
+    waiting: AtomicUsize,
+}
+
+/// Counts who waits, for as long as it does.
+struct Waiting<'a>(&'a AtomicUsize);
+
+impl<'a> Waiting<'a> {
+    fn begin(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Relaxed);
+        Self(count)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Relaxed);
+    }
 }
 
 /// Room for one piece of work.
 #[derive(Debug)]
 pub struct Permit {
     _slot: OwnedSemaphorePermit,
-    _bytes: Option<OwnedSemaphorePermit>,
+    bytes: Option<OwnedSemaphorePermit>,
+}
+
+impl Permit {
+    /// Gives back what goes beyond `bytes`.
+    pub fn shrink_to(&mut self, bytes: usize) {
+        if let Some(held) = &mut self.bytes {
+            drop(held.split(held.num_permits().saturating_sub(bytes)));
+        }
+    }
 }
 
 impl Gate {
@@ -39,6 +65,7 @@ impl Gate {
             slots_max: slots.into(),
             bytes_max: bytes.into(),
             waits: 0.into(),
+            waiting: 0.into(),
         }))
     }
 
@@ -48,16 +75,17 @@ impl Gate {
             return permit;
         }
         self.0.waits.fetch_add(1, Relaxed);
+        let _waiting = Waiting::begin(&self.0.waiting);
         const OPEN: &str = "a gate's semaphores are never closed";
         let slot = self.0.slots.clone().acquire_owned().await.expect(OPEN);
         let bytes = self.0.bytes.clone().acquire_many_owned(self.clamp(bytes)).await.expect(OPEN);
-        Permit { _slot: slot, _bytes: Some(bytes) }
+        Permit { _slot: slot, bytes: Some(bytes) }
     }
 
     pub fn try_enter(&self, bytes: usize) -> Option<Permit> {
         let slot = self.0.slots.clone().try_acquire_owned().ok()?;
         let bytes = self.0.bytes.clone().try_acquire_many_owned(self.clamp(bytes)).ok()?;
-        Some(Permit { _slot: slot, _bytes: Some(bytes) })
+        Some(Permit { _slot: slot, bytes: Some(bytes) })
     }
 
     fn clamp(&self, bytes: usize) -> u32 {
@@ -104,5 +132,10 @@ impl Gate {
     /// How often someone had to wait.
     pub fn waits(&self) -> u64 {
         self.0.waits.load(Relaxed)
+    }
+
+    /// How many wait now.
+    pub fn waiting(&self) -> usize {
+        self.0.waiting.load(Relaxed)
     }
 }

@@ -163,9 +163,14 @@ fn permits_come_back_when_dropped_and_waiters_keep_their_order() {
         });
         tokio::task::yield_now().await;
         assert!(gate.try_enter(1).is_none(), "nobody overtakes who waits");
+        assert_eq!(gate.waiting(), 1);
         drop(a);
-        let b = waiter.await.unwrap();
+        let mut b = waiter.await.unwrap();
+        assert_eq!(gate.waiting(), 0);
         assert_eq!(gate.usage_bytes(), (100, 100), "more than the gate holds is cut to its size");
+        b.shrink_to(1_000);
+        b.shrink_to(30);
+        assert_eq!(gate.usage_bytes(), (30, 100));
         drop(b);
         assert_eq!((gate.usage(), gate.usage_bytes(), gate.waits()), ((0, 2), (0, 100), 1));
     });

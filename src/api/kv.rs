@@ -2,10 +2,9 @@
 
 use std::{sync::Arc, sync::atomic::Ordering, time::Instant};
 
-use tokio_stream::Stream;
 use tonic::{Request, Response, Status};
 
-use super::{Handle, long, validate};
+use super::{Handle, Server, long, validate};
 use crate::{
     apply::{self, View},
     mvcc::{self, range, store::Tally, txn},
@@ -36,7 +35,6 @@ impl Handle {
 #[tonic::async_trait]
 impl Kv for Handle {
     async fn range(&self, request: Request<RangeRequest>) -> Result<Response<RangeResponse>, Status> {
-        let in_pieces = long::may_be_in_pieces(&request);
         let req = request.into_inner();
         validate::range(&req)?;
         self.server.metrics.ranges.fetch_add(1, Ordering::Relaxed);
@@ -50,17 +48,16 @@ impl Kv for Handle {
             false => range::range_within(&view.kv, &*server.storage, long::SHORT, &req),
         };
         let answered = match server.read(view.clone(), read) {
-            Err(mvcc::Error::TooLong) if in_pieces && range::RangeCursor::supports(&req) => {
-                long::in_pieces(server, view, req).await
-            }
+            Err(mvcc::Error::TooLong) if range::RangeCursor::supports(&req) => long::in_pieces(server, view, req).await,
             Err(mvcc::Error::TooLong) => {
-                let (weighed, storage) = (req.clone(), server.clone());
+                let (weighed, reader) = (req.clone(), server.clone());
                 let weigh = move |view: &View| range::weight(&view.kv, &weighed);
-                let read = move |view: &View| range::range(&view.kv, &*storage.storage, &req);
-                long::whole(server, view, weigh, read).await.map(|(view, mut answer)| {
-                    answer.get_mut().header = Some(server.header_of(&view));
-                    answer
-                })
+                let read = move |view: &View| {
+                    let mut answer = range::range(&view.kv, &*reader.storage, &req)?;
+                    answer.header = Some(reader.header_of(view));
+                    Ok((answer, ()))
+                };
+                long::whole(server, view, weigh, read).await.map(|(answer, ())| answer)
             }
             found => found.map_err(Status::from).map(|(view, mut answer)| {
                 answer.header = Some(server.header_of(&view));
@@ -72,14 +69,14 @@ impl Kv for Handle {
         answered
     }
 
-    type RangeStreamStream = std::pin::Pin<Box<dyn Stream<Item = Result<RangeStreamResponse, Status>> + Send>>;
+    type RangeStreamStream = long::Replaced<RangeStreamResponse>;
 
     async fn range_stream(&self, request: Request<RangeRequest>) -> Result<Response<Self::RangeStreamStream>, Status> {
         let req = request.into_inner();
         validate::range(&req)?;
         validate::range_stream(&req)?;
         let view = self.view_for(req.serializable).await?;
-        Ok(Response::new(Box::pin(long::parts(&self.server, view, &req)?)))
+        Ok(long::parts(&self.server, &view, &req)?)
     }
 
     async fn put(&self, request: Request<PutRequest>) -> Result<Response<PutResponse>, Status> {
@@ -121,24 +118,30 @@ impl Kv for Handle {
             let began = Instant::now();
             let view = self.view_for(only_serializable_ranges(&req)).await?;
             let server = &self.server;
+            let complete = |server: &Server, view: &View, (mut answer, ranges): (TxnResponse, u64)| {
+                let revision = answer.header.as_ref().map_or(view.kv.revision, |h| h.revision);
+                answer.header = Some(server.header(revision, server.raft_status.read().term));
+                (answer, ranges)
+            };
             let read = |view: &View| txn::txn_read_only_within(&view.kv, &*server.storage, long::SHORT, &req);
             let answered = match server.read(view.clone(), read) {
                 Err(mvcc::Error::TooLong) => {
-                    let (weighed, asked, storage) = (req.clone(), req.clone(), server.clone());
+                    let (weighed, asked, reader) = (req.clone(), req.clone(), server.clone());
                     let weigh = move |view: &View| txn::weight(&view.kv, &weighed);
-                    let read = move |view: &View| txn::txn_read_only(&view.kv, &*storage.storage, &asked);
+                    let read = move |view: &View| {
+                        let answer = txn::txn_read_only(&view.kv, &*reader.storage, &asked)?;
+                        Ok(complete(&reader, view, answer))
+                    };
                     long::whole(server, view, weigh, read).await
                 }
-                found => found.map_err(Status::from).map(|(view, answer)| (view, Response::new(answer))),
+                found => found.map_err(Status::from).map(|(view, found)| {
+                    let (answer, ranges) = complete(server, &view, found);
+                    (Response::new(answer), ranges)
+                }),
             };
             server.metrics.requests.record(Kind::ReadonlyTxn, answered.is_ok(), began.elapsed());
-            let (view, response) = answered?;
-            let ranges = response.get_ref().1;
+            let (response, ranges) = answered?;
             server.metrics.store_did(&Tally { ranges, txns: u64::from(ranges > 1), ..Tally::default() });
-            let mut response = response.map(|(answer, _)| answer);
-            let answer = response.get_mut();
-            let revision = answer.header.as_ref().map_or(view.kv.revision, |h| h.revision);
-            answer.header = Some(server.header(revision, server.raft_status.read().term));
             return Ok(response);
         }
         let request = InternalRaftRequest { txn: Some(req), ..Default::default() };

@@ -1,25 +1,37 @@
 //! Reads too long for the thread of their connection: on the runtime's reader threads, in pieces as the client takes
-//! them or whole, inside the memory that the gates `answer_pieces` and `answers_whole` give out.
+//! them or whole. A client that takes nothing keeps nobody waiting, and what is kept for it is bounded.
 //!
 //! What a range holds is `mvcc::range`'s business; here is when it is read, and by whom.
+//!
+//! **Memory.** HTTP/2 has one frame of an answer and asks for the next before it can send it, so two wait for a client.
+//! * A piece is of up to 1 MiB while the gate `answer_pieces` (64 MiB) has room for it, and else of up to 32 KiB, without
+//!   a permit: nobody waits for room. All pieces: 64 MiB, and two small ones for each long answer that is not taken
+//!   (or two rows, where one is larger), less than its client could keep waiting by asking for short answers.
+//! * A whole answer waits for its room in `answers_whole` (64 MiB; a larger one goes alone), a request's time at most. It
+//!   stands outside of HTTP/2, which gets copies of 64 KiB of it. One of which nothing was taken for a second is cut
+//!   off when another waits for its room.
+//!
+//! Permits live as long as the bytes they are for: inside of them.
 
 use std::{
     convert::Infallible,
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use bytes::{BufMut, Bytes, BytesMut};
 use futures_util::stream;
 use http::HeaderMap;
 use http_body::Frame;
-use http_body_util::{BodyExt, StreamBody};
+use http_body_util::StreamBody;
 use prost::Message;
-use tokio_stream::Stream;
-use tonic::{Request, Response, Status, body::Body};
+use tokio::sync::mpsc;
+use tokio_stream::{Stream, StreamExt, wrappers::ReceiverStream};
+use tonic::{Response, Status, body::Body};
 
 use super::Server;
 use crate::{
-    actor::Permit,
+    actor::{Gate, Permit},
     apply::View,
     mvcc::{
         self,
@@ -30,8 +42,13 @@ use crate::{
 
 /// What is read on the thread of its connection: a moment that others do not notice.
 pub const SHORT: Bounds = Bounds { keys: 1_000, bytes: 256 << 10 };
-/// Rows of one piece or part, unless a single one is larger.
+/// Rows of one piece or part, unless a single one is larger: while there is room, and when there is none.
 const PIECE_BYTES: usize = 1 << 20;
+const SMALL_PIECE_BYTES: usize = 32 << 10;
+/// What HTTP/2 gets of a whole answer at once.
+const SLICE_BYTES: usize = 64 << 10;
+/// A whole answer of which nothing was taken for so long makes room for one that waits.
+const TAKEN_WITHIN: Duration = Duration::from_secs(1);
 /// The largest message etcd's gRPC library sends.
 const MESSAGE_BYTES_MAX: u64 = i32::MAX as u64;
 /// A gRPC message begins with a flag and its length in 4 bytes.
@@ -39,27 +56,32 @@ const MESSAGE_HEAD_BYTES: usize = 5;
 /// First and smallest parts of a stream (KV-34).
 const PART_KEYS_FIRST: usize = 10;
 
-/// Marks a request whose answer's body may be exchanged: it came in as gRPC.
-#[derive(Clone, Copy, Debug)]
-struct InPieces;
-
 /// What becomes of the body that tonic makes of an answer. Travels in the answer's extensions, which must be `Clone`.
 #[derive(Clone)]
 struct Exchange(Arc<Mutex<Option<ExchangeBody>>>);
 
-type ExchangeBody = Box<dyn FnOnce(Body) -> Body + Send>;
+type ExchangeBody = Box<dyn FnOnce() -> Body + Send>;
 
-pub fn mark<B>(request: &mut http::Request<B>) {
-    request.extensions_mut().insert(InPieces);
+/// An answer with the body that `pieces` make, whatever its `message` is.
+fn answer_of<T>(message: T, pieces: impl Stream<Item = Result<Bytes, Status>> + Send + 'static) -> Response<T> {
+    let frames = stream::unfold(Some(Box::pin(pieces)), |pieces| async {
+        let mut pieces = pieces?;
+        Some(match pieces.next().await {
+            Some(Ok(piece)) => (Frame::data(piece), Some(pieces)),
+            Some(Err(status)) => (trailers(&status), None),
+            None => (trailers(&Status::ok("")), None),
+        })
+    });
+    let body = || Body::new(StreamBody::new(frames.map(Ok::<_, Infallible>)));
+    let mut response = Response::new(message);
+    response.extensions_mut().insert(Exchange(Arc::new(Mutex::new(Some(Box::new(body))))));
+    response
 }
 
-/// False for callers inside the process, who take the answer as it is.
-pub fn may_be_in_pieces<T>(request: &Request<T>) -> bool {
-    request.extensions().get::<InPieces>().is_some()
-}
-
-fn exchange_body<T>(response: &mut Response<T>, exchange: impl FnOnce(Body) -> Body + Send + 'static) {
-    response.extensions_mut().insert(Exchange(Arc::new(Mutex::new(Some(Box::new(exchange))))));
+fn trailers(status: &Status) -> Frame<Bytes> {
+    let mut trailers = HeaderMap::new();
+    let _ = status.add_header(&mut trailers);
+    Frame::trailers(trailers)
 }
 
 /// Gives an answer the body that its handler asked for.
@@ -67,7 +89,7 @@ pub fn finish(response: http::Response<Body>) -> http::Response<Body> {
     let Some(Exchange(exchange)) = response.extensions().get::<Exchange>().cloned() else { return response };
     let exchange = exchange.lock().unwrap_or_else(PoisonError::into_inner).take();
     match exchange {
-        Some(exchange) => response.map(exchange),
+        Some(exchange) => response.map(|_| exchange()),
         None => response,
     }
 }
@@ -77,61 +99,137 @@ async fn on_reader<T: Send + 'static>(read: impl FnOnce() -> T + Send + 'static)
     tokio::task::spawn_blocking(read).await.map_err(|e| Status::internal(e.to_string()))
 }
 
-/// Reads an answer in one go, after it has waited for the memory that it takes until it is sent.
-pub async fn whole<T: Send + 'static>(
+/// Begins a message of `length` bytes.
+fn message_head(length: u64, room: usize) -> Result<BytesMut, Status> {
+    if length > MESSAGE_BYTES_MAX {
+        let text = format!("grpc: trying to send message larger than max ({length} vs. {MESSAGE_BYTES_MAX})");
+        return Err(Status::resource_exhausted(text));
+    }
+    let mut message = BytesMut::with_capacity(MESSAGE_HEAD_BYTES + room);
+    message.put_u8(0);
+    message.put_u32(length as u32);
+    Ok(message)
+}
+
+fn encoded<M: Message>(message: &M) -> Result<BytesMut, Status> {
+    let length = message.encoded_len();
+    let mut bytes = message_head(length as u64, length)?;
+    message.encode(&mut bytes).expect("a buffer with room");
+    Ok(bytes)
+}
+
+/// Reads an answer in one go, after it has waited for the memory that it takes until it is sent. What else `read` found
+/// comes back with it.
+pub async fn whole<T: Message + Default + 'static, X: Send + 'static>(
     server: &Arc<Server>,
     view: Arc<View>,
     weigh: impl FnOnce(&View) -> usize + Send + 'static,
-    read: impl Fn(&View) -> Result<T, mvcc::Error> + Send + 'static,
-) -> Result<(Arc<View>, Response<T>), Status> {
+    read: impl Fn(&View) -> Result<(T, X), mvcc::Error> + Send + 'static,
+) -> Result<(Response<T>, X), Status> {
     let weighed = view.clone();
     let bytes = on_reader(move || weigh(&weighed)).await?;
+    let limit = server.settings.request_timeout;
     // Its records, and their encoding.
-    let permit = server.answers_whole.enter(bytes.saturating_mul(2)).await;
+    let room = server.answers_whole.enter(bytes.saturating_mul(2));
+    let permit = tokio::time::timeout(limit, room).await.map_err(|_| {
+        Status::resource_exhausted(format!(
+            "etcdserver: too many long answers at once, no memory for one more in {limit:?}"
+        ))
+    })?;
     let reader = server.clone();
-    let (view, answer) = on_reader(move || reader.read(view, read)).await??;
-    let mut response = Response::new(answer);
-    exchange_body(&mut response, |body| Body::new(body.map_frame(move |frame| held(frame, &permit))));
-    Ok((view, response))
+    let read = move || {
+        let (_, (answer, found)) = reader.read(view, read)?;
+        Ok::<_, Status>((encoded(&answer)?.freeze(), found))
+    };
+    let (message, found) = on_reader(read).await??;
+    let (slices, taken) = mpsc::channel(1);
+    tokio::spawn(hand_out(message, permit, server.answers_whole.clone(), slices));
+    Ok((answer_of(T::default(), ReceiverStream::new(taken)), found))
 }
 
-/// Keeps `permit` for as long as there may be more frames.
-fn held(frame: Frame<Bytes>, _permit: &Permit) -> Frame<Bytes> {
-    frame
+/// Gives a message away as it is taken, unless its client is gone, or takes nothing while others wait at `gate`.
+async fn hand_out(message: Bytes, permit: Permit, gate: Gate, slices: mpsc::Sender<Result<Bytes, Status>>) {
+    for slice in message.chunks(SLICE_BYTES) {
+        let place = loop {
+            match tokio::time::timeout(TAKEN_WITHIN, slices.reserve()).await {
+                Ok(Ok(place)) => break place,
+                Ok(Err(_)) => return,
+                Err(_) if gate.waiting() > 0 => {
+                    drop((message, permit));
+                    let text = "etcdserver: the answer was not taken while others waited for its memory";
+                    let _ = slices.send(Err(Status::unavailable(text))).await;
+                    return;
+                }
+                Err(_) => {}
+            }
+        };
+        // A part of the message itself would keep all of it.
+        place.send(Ok(Bytes::copy_from_slice(slice)));
+    }
+}
+
+/// Bytes on their way, and the room that is kept for them.
+struct Held {
+    bytes: Bytes,
+    _permit: Permit,
+}
+
+impl AsRef<[u8]> for Held {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+/// A piece is about to be read.
+struct Room(Option<Permit>);
+
+impl Room {
+    fn of(server: &Server) -> Self {
+        Self(server.answer_pieces.try_enter(PIECE_BYTES))
+    }
+
+    fn bytes(&self) -> usize {
+        if self.0.is_some() { PIECE_BYTES } else { SMALL_PIECE_BYTES }
+    }
+
+    /// The piece as it is sent. It keeps what it takes of the room.
+    fn hold(self, piece: BytesMut) -> Bytes {
+        let bytes = piece.freeze();
+        match self.0 {
+            Some(mut permit) if bytes.len() > SMALL_PIECE_BYTES => {
+                permit.shrink_to(bytes.len());
+                Bytes::from_owner(Held { bytes, _permit: permit })
+            }
+            _ => bytes,
+        }
+    }
 }
 
 /// A range under way.
 struct Reading {
     server: Arc<Server>,
     cursor: RangeCursor,
-    /// Of the piece that the transport has.
-    permit: Option<Permit>,
 }
 
 impl Reading {
-    /// The next records, once there is memory for them.
-    async fn next(mut self, keys: usize) -> (Self, Result<RangeResponse, Status>) {
-        // Who asks for a piece has sent the one before it.
-        self.permit = None;
-        self.permit = Some(self.server.answer_pieces.enter(PIECE_BYTES).await);
+    /// The next records, and the room that they have.
+    async fn next(&mut self, keys: usize) -> Result<(RangeResponse, Room), Status> {
         let server = self.server.clone();
         let mut cursor = self.cursor.clone();
-        let read = on_reader(move || {
+        let read = move || {
+            // Now that a thread is there for it.
+            let room = Room::of(&server);
             loop {
                 let view = server.view.load_full();
-                match cursor.next_chunk(&view.kv, &*server.storage, keys, PIECE_BYTES) {
+                match cursor.next_chunk(&view.kv, &*server.storage, keys, room.bytes()) {
                     Err(mvcc::Error::ViewOutdated) => {}
-                    done => return (cursor, done),
+                    done => return done.map(|part| (cursor, part, room)),
                 }
             }
-        });
-        match read.await {
-            Ok((cursor, part)) => {
-                self.cursor = cursor;
-                (self, part.map_err(Status::from))
-            }
-            Err(e) => (self, Err(e)),
-        }
+        };
+        let (cursor, part, room) = on_reader(read).await??;
+        self.cursor = cursor;
+        Ok((part, room))
     }
 }
 
@@ -141,38 +239,36 @@ pub async fn in_pieces(
     view: Arc<View>,
     req: RangeRequest,
 ) -> Result<Response<RangeResponse>, Status> {
-    let permit = server.answer_pieces.enter(PIECE_BYTES).await;
     let reader = server.clone();
     let begin = move || {
+        let room = Room::of(&reader);
         // Length and first piece from one view, so that a short answer is not overtaken by compaction.
-        reader.read(view, |view| {
+        let begun = reader.read(view, |view| {
             let mut cursor = RangeCursor::new(&view.kv, &*reader.storage, &req)?;
             let records = cursor.encoded_bytes(&view.kv);
-            let first = cursor.next_chunk(&view.kv, &*reader.storage, usize::MAX, PIECE_BYTES)?;
+            let first = cursor.next_chunk(&view.kv, &*reader.storage, usize::MAX, room.bytes())?;
             Ok((cursor, records, first))
-        })
+        });
+        begun.map(|begun| (begun, room))
     };
-    let (view, (cursor, records, first)) = on_reader(begin).await??;
+    let ((view, (cursor, records, first)), room) = on_reader(begin).await??;
 
     // The fields of the message in their order, as three messages: a message's encoding is that of its parts.
     let head = RangeResponse { header: Some(server.header_of(&view)), ..Default::default() };
     let tail = RangeResponse { count: cursor.count(), more: cursor.more(), ..Default::default() }.encode_to_vec();
     let length = head.encoded_len() as u64 + records + tail.len() as u64;
-    if length > MESSAGE_BYTES_MAX {
-        let text = format!("grpc: trying to send message larger than max ({length} vs. {MESSAGE_BYTES_MAX})");
-        return Err(Status::resource_exhausted(text));
-    }
-    let mut piece = BytesMut::with_capacity(MESSAGE_HEAD_BYTES + head.encoded_len() + PIECE_BYTES);
-    piece.put_u8(0);
-    piece.put_u32(length as u32);
+    let mut piece = message_head(length, head.encoded_len())?;
     head.encode(&mut piece).expect("a buffer that grows");
-    let mut message =
-        InOneMessage { reading: Reading { server: server.clone(), cursor, permit: Some(permit) }, records, tail };
-    let first = message.add(piece, first.kvs)?;
-
-    let mut response = Response::new(RangeResponse::default());
-    exchange_body(&mut response, move |_| Body::new(StreamBody::new(message.frames(first))));
-    Ok(response)
+    let reading = Reading { server: server.clone(), cursor };
+    let mut message = InOneMessage { reading, records, tail };
+    let first = room.hold(message.add(piece, first.kvs)?);
+    let pieces = stream::try_unfold((message, Some(first)), |(mut message, first)| async move {
+        Ok(match first {
+            Some(first) => Some((first, (message, None))),
+            None => message.next().await?.map(|piece| (piece, (message, None))),
+        })
+    });
+    Ok(answer_of(RangeResponse::default(), pieces))
 }
 
 struct InOneMessage {
@@ -184,8 +280,16 @@ struct InOneMessage {
 }
 
 impl InOneMessage {
+    async fn next(&mut self) -> Result<Option<Bytes>, Status> {
+        if self.reading.cursor.is_done() {
+            return Ok(None);
+        }
+        let (part, room) = self.reading.next(usize::MAX).await?;
+        Ok(Some(room.hold(self.add(BytesMut::new(), part.kvs)?)))
+    }
+
     /// Puts records behind `piece`, and the message's end behind the last.
-    fn add(&mut self, mut piece: BytesMut, kvs: Vec<mvcc::record::RawKeyValue>) -> Result<Bytes, Status> {
+    fn add(&mut self, mut piece: BytesMut, kvs: Vec<mvcc::record::RawKeyValue>) -> Result<BytesMut, Status> {
         let records = RangeResponse { kvs, ..Default::default() };
         let bytes = records.encoded_len() as u64;
         let is_last = self.reading.cursor.is_done();
@@ -199,68 +303,32 @@ impl InOneMessage {
         if is_last {
             piece.put_slice(&self.tail);
         }
-        Ok(piece.freeze())
-    }
-
-    fn frames(self, first: Bytes) -> impl Stream<Item = Result<Frame<Bytes>, Infallible>> {
-        enum Next {
-            Data(Bytes),
-            Records,
-            Trailers(Status),
-            Nothing,
-        }
-        let after = |message: &Self| match message.reading.cursor.is_done() {
-            true => Next::Trailers(Status::ok("")),
-            false => Next::Records,
-        };
-        stream::unfold((self, Next::Data(first)), move |(mut message, next)| async move {
-            let next = match next {
-                Next::Records => {
-                    let (reading, part) = message.reading.next(usize::MAX).await;
-                    message.reading = reading;
-                    match part.and_then(|part| message.add(BytesMut::new(), part.kvs)) {
-                        Ok(piece) => Next::Data(piece),
-                        Err(status) => Next::Trailers(status),
-                    }
-                }
-                other => other,
-            };
-            match next {
-                Next::Data(piece) => {
-                    let after = after(&message);
-                    Some((Ok(Frame::data(piece)), (message, after)))
-                }
-                Next::Trailers(status) => {
-                    let mut trailers = HeaderMap::new();
-                    let _ = status.add_header(&mut trailers);
-                    Some((Ok(Frame::trailers(trailers)), (message, Next::Nothing)))
-                }
-                Next::Records | Next::Nothing => None,
-            }
-        })
+        Ok(piece)
     }
 }
+
+/// What stands for a stream of messages until its answer gets its body.
+pub type Replaced<T> = tokio_stream::Empty<Result<T, Status>>;
 
 /// The messages of a `RangeStream`.
 pub fn parts(
     server: &Arc<Server>,
-    view: Arc<View>,
+    view: &View,
     req: &RangeRequest,
-) -> Result<impl Stream<Item = Result<RangeStreamResponse, Status>> + Send + 'static, mvcc::Error> {
+) -> Result<Response<Replaced<RangeStreamResponse>>, mvcc::Error> {
     let cursor = RangeCursor::new(&view.kv, &*server.storage, req)?;
-    let header = server.header_of(&view);
-    let reading = Reading { server: server.clone(), cursor, permit: None };
-    Ok(stream::unfold(Some((reading, PART_KEYS_FIRST)), move |state| async move {
-        let (reading, keys) = state.filter(|(reading, _)| !reading.cursor.is_done())?;
-        let (reading, part) = reading.next(keys).await;
-        match part {
-            Ok(part) => {
-                let keys = keys_after(keys, part.encoded_len(), reading.server.settings.max_request_bytes);
-                Some((Ok(part_message(part, &reading, header)), Some((reading, keys))))
-            }
-            Err(e) => Some((Err(e), None)),
+    let header = server.header_of(view);
+    let reading = Reading { server: server.clone(), cursor };
+    let parts = stream::try_unfold((reading, PART_KEYS_FIRST), move |(mut reading, keys)| async move {
+        if reading.cursor.is_done() {
+            return Ok(None);
         }
-    }))
+        let (part, room) = reading.next(keys).await?;
+        let keys = keys_after(keys, part.encoded_len(), reading.server.settings.max_request_bytes);
+        let part = room.hold(encoded(&part_message(part, &reading, header))?);
+        Ok(Some((part, (reading, keys))))
+    });
+    Ok(answer_of(tokio_stream::empty(), parts))
 }
 
 fn part_message(mut part: RangeResponse, reading: &Reading, header: ResponseHeader) -> RangeStreamResponse {

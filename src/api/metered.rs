@@ -3,6 +3,10 @@
 
 use std::{
     pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     task::{Context, Poll},
     time::Instant,
 };
@@ -53,9 +57,10 @@ impl Messages {
         (messages, bytes)
     }
 
-    fn add(&mut self, data: &[u8], to: &Traffic) {
+    fn add(&mut self, data: &[u8], to: &Traffic) -> u64 {
         let (messages, bytes) = self.count(data);
         to.add(messages, bytes);
+        messages
     }
 }
 
@@ -71,7 +76,7 @@ impl Call {
     /// The call of `path`, which counts as started; `None` if there is no such method.
     pub fn start(metrics: &Metrics, path: &str) -> Option<Self> {
         let place = metrics.rpcs.find(path)?;
-        metrics.rpcs.of(place).started.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        metrics.rpcs.of(place).started.fetch_add(1, Relaxed);
         Some(Self { metrics: metrics.clone(), place, began: Instant::now() })
     }
 
@@ -102,11 +107,13 @@ pub struct Asked<B> {
     body: B,
     messages: Messages,
     call: Option<Call>,
+    /// Messages that have come.
+    came: Arc<AtomicU64>,
 }
 
 impl<B> Asked<B> {
-    pub fn new(body: B, call: Option<Call>) -> Self {
-        Self { body, messages: Messages::default(), call }
+    pub fn new(body: B, call: Option<Call>, came: Arc<AtomicU64>) -> Self {
+        Self { body, messages: Messages::default(), call, came }
     }
 }
 
@@ -120,7 +127,8 @@ impl<B: http_body::Body<Data = Bytes> + Unpin> http_body::Body for Asked<B> {
         if let (Poll::Ready(Some(Ok(frame))), Some(call)) = (&polled, &this.call)
             && let Some(data) = frame.data_ref()
         {
-            this.messages.add(data, &call.method().received);
+            let messages = this.messages.add(data, &call.method().received);
+            this.came.fetch_add(messages, Relaxed);
         }
         polled
     }

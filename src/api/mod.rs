@@ -58,7 +58,6 @@ pub struct Settings {
     /// How long a proposal or a read round may take: 5 s + 2 election timeouts.
     pub request_timeout: Duration,
     pub min_lease_ttl: i64,
-    pub max_learners: usize,
     pub strict_reconfig_check: bool,
     pub election_timeout: Duration,
     /// Requests that take longer are worth a line in the log.

@@ -1,10 +1,14 @@
 //! From a gRPC path to its service, and what holds for every call: metadata checks, deadlines, transport errors'
 //! texts, counters.
 
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
 use std::time::{Duration, Instant};
 
-use http::{HeaderMap, Request, Response};
-use tonic::{Code, Status, body::Body};
+use http::{HeaderMap, HeaderValue, Request, Response};
+use tonic::{Code, Status, body::Body, codec::CompressionEncoding};
 use tower_service::Service;
 
 use super::{
@@ -42,6 +46,9 @@ pub struct Routes {
 const LEARNER_MAY: [&str; 3] =
     ["/etcdserverpb.KV/Range", "/etcdserverpb.Maintenance/Status", "/etcdserverpb.Maintenance/Snapshot"];
 
+const ENCODING: &str = "grpc-encoding";
+const ACCEPT_ENCODING: &str = "grpc-accept-encoding";
+
 impl Routes {
     pub fn new(handle: Handle) -> Self {
         let receive_max = status::receive_max(handle.server.settings.max_request_bytes);
@@ -50,6 +57,8 @@ impl Routes {
                 $server::new(handle.clone())
                     .max_decoding_message_size(receive_max)
                     .max_encoding_message_size(usize::MAX)
+                    .accept_compressed(CompressionEncoding::Gzip)
+                    .send_compressed(CompressionEncoding::Gzip)
             };
         }
         Self {
@@ -83,6 +92,9 @@ impl Routes {
         if let Err(status) = self.check(uri.path(), request.headers()) {
             return status.into_http();
         }
+        if let Err(status) = settle_compression(request.headers_mut()) {
+            return status.into_http();
+        }
         let timeout = match timeout_of(request.headers()) {
             Ok(timeout) => timeout,
             Err(status) => return status.into_http(),
@@ -93,8 +105,9 @@ impl Routes {
         let is_stream = call.as_ref().is_some_and(|call| call.method().is_stream());
         // Before the answer: a leader that is lost meanwhile is noticed.
         let no_leader = (is_stream && needs_leader(request.headers())).then(|| self.no_leader());
-        long::mark(&mut request);
-        let request = request.map(|body| Asked::new(body, call.clone()));
+        let takes_one = call.as_ref().is_some_and(|call| call.method().kind == "server_stream");
+        let messages = Arc::new(AtomicU64::new(0));
+        let request = request.map(|body| Asked::new(body, call.clone(), messages.clone()));
         macro_rules! dispatch {
             ($($name:literal => $field:ident,)*) => {
                 match service {
@@ -117,7 +130,10 @@ impl Routes {
             "v3electionpb.Election" => election,
             "grpc.health.v1.Health" => health,
         };
-        let response = long::finish(self.transport_texts(response, service, method));
+        let response = match messages.load(Ordering::Relaxed) {
+            2.. if takes_one => status::many_messages().into_http(),
+            _ => long::finish(self.transport_texts(response, service, method, takes_one)),
+        };
         let Some(call) = call else { return response };
         let (took, expected) = (began.elapsed(), self.handle.server.settings.slow_request);
         if !is_stream && !expected.is_zero() && took > expected {
@@ -149,7 +165,13 @@ impl Routes {
     }
 
     /// Errors of the transport itself get the texts of etcd's gRPC library.
-    fn transport_texts(&self, mut response: Response<Body>, service: &str, method: &str) -> Response<Body> {
+    fn transport_texts(
+        &self,
+        mut response: Response<Body>,
+        service: &str,
+        method: &str,
+        is_stream: bool,
+    ) -> Response<Body> {
         if response.headers().get("grpc-status").is_none() {
             return response;
         }
@@ -159,6 +181,8 @@ impl Routes {
             (Code::Unimplemented, "") => {
                 Some(Status::unimplemented(format!("unknown method {method} for service {service}")))
             }
+            (Code::Internal, "Missing request message.") => Some(status::no_message(is_stream)),
+            _ if is_stream => status::of_transport(&found, status::BAD_STREAM_MESSAGE, self.receive_max),
             _ => status::of_transport(&found, "grpc: error unmarshalling request", self.receive_max),
         };
         if let Some(status) = replaced {
@@ -166,6 +190,23 @@ impl Routes {
         }
         response
     }
+}
+
+/// An answer is compressed as its request is, whatever else the client would take, or not at all.
+fn settle_compression(headers: &mut HeaderMap) -> Result<(), Status> {
+    headers.remove(ACCEPT_ENCODING);
+    match headers.get(ENCODING).map(HeaderValue::as_bytes) {
+        None | Some(b"identity") => {}
+        Some(b"gzip") => {
+            headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("gzip"));
+        }
+        Some(other) => {
+            let other = String::from_utf8_lossy(other);
+            let text = format!("grpc: Decompressor is not installed for grpc-encoding {other:?}");
+            return Err(Status::unimplemented(text));
+        }
+    }
+    Ok(())
 }
 
 fn needs_leader(headers: &HeaderMap) -> bool {

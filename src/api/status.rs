@@ -55,6 +55,15 @@ pub fn of_transport(found: &Status, bad_message: &str, limit: usize) -> Option<S
             let size = text.split_whitespace().find_map(|word| word.parse::<usize>().ok()).unwrap_or(0);
             Some(Status::resource_exhausted(format!("grpc: received message larger than max ({size} vs. {limit})")))
         }
+        (Code::ResourceExhausted, text) if text.starts_with("Error decompressing: size limit") => Some(
+            Status::resource_exhausted(format!("grpc: received message after decompression larger than max {limit}")),
+        ),
+        (Code::Internal, text) if text.starts_with("Error decompressing: ") => Some(Status::internal(
+            text.replace("Error decompressing", "grpc: failed to decompress the received message"),
+        )),
+        (Code::Internal, text) if text.contains("message with compressed-flag but no grpc-encoding") => {
+            Some(Status::internal("grpc: compressed flag set with identity or empty encoding"))
+        }
         (Code::Internal, text) if text.contains("failed to decode Protobuf message") => {
             Some(Status::internal(format!("{bad_message}: {text}")))
         }
@@ -65,7 +74,24 @@ pub fn of_transport(found: &Status, bad_message: &str, limit: usize) -> Option<S
 /// Why a stream of requests cannot be read on.
 pub fn of_stream(found: Status, max_request_bytes: usize) -> Status {
     let limit = receive_max(max_request_bytes);
-    of_transport(&found, "grpc: failed to unmarshal the received message", limit).unwrap_or(found)
+    of_transport(&found, BAD_STREAM_MESSAGE, limit).unwrap_or(found)
+}
+
+/// How etcd's gRPC library begins what it says of a message of a stream that it cannot read.
+pub const BAD_STREAM_MESSAGE: &str = "grpc: failed to unmarshal the received message";
+
+/// A call whose client ended it without a request.
+pub fn no_message(is_stream: bool) -> Status {
+    if is_stream {
+        Status::internal("cardinality violation: received no request message from non-client-streaming RPC")
+    } else {
+        Status::unknown("EOF")
+    }
+}
+
+/// A call that takes one request and answers with a stream.
+pub fn many_messages() -> Status {
+    Status::internal("cardinality violation: received multiple request messages for non-client-streaming RPC")
 }
 
 /// The largest message taken: beyond the largest request there is room for its envelope (G-11).

@@ -116,6 +116,8 @@ impl Kind {
             }
             Kind::Int(slot) => *slot(config) = syntax::parse_int(text)?,
             Kind::Duration(slot) => *slot(config) = text.parse().map_err(|_| PARSE_ERROR)?,
+            // No URLs are no news.
+            Kind::Urls(_) if text.is_empty() => {}
             Kind::Urls(slot) => *slot(config) = Url::parse_list(text)?,
             Kind::Origins(slot) => *slot(config) = parse_origins(text)?,
             Kind::Words(slot) | Kind::List(slot) => *slot(config) = parse_words(text),

@@ -270,7 +270,9 @@ impl Default for Config {
 impl Config {
     /// The members of a first start when nobody lists them: this one alone.
     fn initial_cluster_of_one(&self) -> String {
-        let pairs: Vec<_> = self.initial_advertise_peer_urls.iter().map(|url| format!("{}={url}", self.name)).collect();
+        // An empty name is found in no list.
+        let name = if self.name.is_empty() { "default" } else { &self.name };
+        let pairs: Vec<_> = self.initial_advertise_peer_urls.iter().map(|url| format!("{name}={url}")).collect();
         pairs.join(",")
     }
 

@@ -116,8 +116,8 @@ fn check_logging(config: &Config) -> Result<(), String> {
     if outputs.len() > 1 && outputs.iter().any(|output| output == "default") {
         return Err(r#"multi logoutput for "default" is not supported yet"#.into());
     }
-    if outputs.iter().any(String::is_empty) {
-        return Err("--log-outputs must not contain an empty name".into());
+    if outputs.is_empty() || outputs.iter().any(String::is_empty) {
+        return Err(r#"open sink "": open : no such file or directory"#.into());
     }
     if config.enable_log_rotation {
         let is_file = |output: &&String| !["default", "stderr", "stdout", "systemd/journal"].contains(&output.as_str());

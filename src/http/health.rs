@@ -53,6 +53,12 @@ async fn unhealthy(handle: &Handle, excluded: &[String], serializable: bool) -> 
 const LIVE: &[&str] = &["serializable_read"];
 const READY: &[&str] = &["data_corruption", "serializable_read", "linearizable_read", "non_learner"];
 
+/// Whether `path` is that of a single check.
+pub fn is_check(path: &str) -> bool {
+    let of = |family, all: &[&str]| path.strip_prefix(family).is_some_and(|check| all.contains(&check));
+    of("/livez/", LIVE) || of("/readyz/", READY)
+}
+
 /// M-15: `/livez`, `/readyz` and one check of theirs as a sub-path.
 pub async fn checks(handle: &Handle, path: &str, query: &str) -> Answer {
     let (all, rest) = match path.strip_prefix("/livez") {

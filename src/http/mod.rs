@@ -52,6 +52,10 @@ async fn route<B>(handle: &Handle, serves: Serves, request: &Request<B>) -> Answ
     let query = request.uri().query().unwrap_or("");
     // A listener for metrics serves these and the health endpoints only.
     let everything = serves != Serves::Metrics;
+    let tidy = if everything && path == "/v3" { "/v3/".to_owned() } else { tidy_path(path) };
+    if tidy != path {
+        return redirect(request.method(), tidy, request.uri().query());
+    }
     if path == "/metrics" {
         return metrics::render(handle, accepts_gzip(request.headers()));
     }
@@ -61,8 +65,7 @@ async fn route<B>(handle: &Handle, serves: Serves, request: &Request<B>) -> Answ
     }
     let is_get_path = matches!(path, "/health" | "/livez" | "/readyz")
         || (everything && matches!(path, "/version" | "/debug/vars"))
-        || path.starts_with("/livez/")
-        || path.starts_with("/readyz/");
+        || health::is_check(path);
     if is_get_path && request.method() != Method::GET {
         let mut response = text_error(StatusCode::METHOD_NOT_ALLOWED, "Method Not Allowed");
         response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET"));
@@ -113,6 +116,37 @@ pub fn version(server: &Server) -> Answer {
 
 pub fn set_type(response: &mut Answer, content_type: &'static str) {
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
+}
+
+/// `path` without empty segments, `.` and `..`.
+fn tidy_path(path: &str) -> String {
+    let mut kept = Vec::new();
+    for segment in path.split('/') {
+        match segment {
+            "" | "." => {}
+            ".." => {
+                kept.pop();
+            }
+            _ => kept.push(segment),
+        }
+    }
+    let end = if path.ends_with('/') && !kept.is_empty() { "/" } else { "" };
+    format!("/{}{end}", kept.join("/"))
+}
+
+/// Sends to `path` whoever asks for it in other words, as Go's HTTP library does.
+fn redirect(method: &Method, path: String, query: Option<&str>) -> Answer {
+    let to = query.map_or(path.clone(), |query| format!("{path}?{query}"));
+    let Ok(location) = HeaderValue::from_str(&to) else { return not_found() };
+    let mut response = Answer::default();
+    *response.status_mut() = StatusCode::TEMPORARY_REDIRECT;
+    response.headers_mut().insert(header::LOCATION, location);
+    if [Method::GET, Method::HEAD].contains(method) {
+        let shown = to.replace('&', "&amp;").replace('\'', "&#39;").replace('"', "&#34;");
+        set_type(&mut response, "text/html; charset=utf-8");
+        *response.body_mut() = Full::from(format!("<a href=\"{shown}\">Temporary Redirect</a>.\n\n"));
+    }
+    response
 }
 
 pub fn not_found() -> Answer {

@@ -167,7 +167,7 @@ fn ranges_address_keys_bytewise() {
     assert_eq!(w.range(&range("a", "")).unwrap().count, 1);
 }
 
-// KV-16, KV-17, KV-18, KV-20
+// KV-15, KV-16, KV-17, KV-18, KV-20
 #[test]
 fn limit_and_filters_leave_the_count_alone() {
     let mut w = World::new();

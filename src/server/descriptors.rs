@@ -16,6 +16,8 @@ const RUNTIMES: u64 = 4;
 const PER_RUNTIME: u64 = 5;
 /// However little there is.
 const CLIENTS_MIN: u64 = 16;
+/// Of the clients' connections, at most: for listeners for metrics, which must answer when all others are taken.
+const METRICS: usize = 16;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Descriptors {
@@ -36,6 +38,12 @@ impl Descriptors {
             raised.context("cannot raise the limit of open files to what is allowed")?;
         }
         Self::share(limit.maximum.unwrap_or(u64::MAX), runtimes as u64)
+    }
+
+    /// Connections on listeners for clients, and on those for metrics where there are any.
+    pub fn for_clients_and_metrics(&self, has_metrics: bool) -> (usize, usize) {
+        let metrics = if has_metrics { METRICS.min(self.clients / 4) } else { 0 };
+        (self.clients - metrics, metrics)
     }
 
     fn share(limit: u64, runtimes: u64) -> anyhow::Result<Self> {
@@ -71,6 +79,9 @@ mod tests {
             // What is left of etcd's 150 is for the log, the runtimes and the like.
             assert!((clients + peers + tables) as u64 + 70 <= limit, "{limit}");
         }
+        assert_eq!(share(200, 2).for_clients_and_metrics(false), (50, 0));
+        assert_eq!(share(200, 2).for_clients_and_metrics(true), (38, 12));
+        assert_eq!(share(1024, 4).for_clients_and_metrics(true), (810, 16));
         assert!(share(u64::MAX, 1).clients > 1 << 20);
         assert!(Descriptors::share(150, 1).is_err());
     }

@@ -148,7 +148,6 @@ pub(super) mod tests {
                 quota_configured: 0,
                 request_timeout: Duration::from_secs(5),
                 min_lease_ttl: 2,
-                max_learners: 1,
                 strict_reconfig_check: true,
                 election_timeout: Duration::from_secs(1),
                 slow_request: Duration::from_secs(1),

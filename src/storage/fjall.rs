@@ -100,6 +100,7 @@ impl FjallStorage {
     /// Opens a store, cutting what power loss tore.
     pub fn open(dir: &Path, options: &Options) -> Result<Self, Error> {
         check_format(dir)?;
+        engine::listen();
         let rows = dir.join("rows");
         let (notes, note) = NoteFile::open(&dir.join("synced"))?;
         refuse_locked(&rows)?;
@@ -200,7 +201,7 @@ impl Storage for FjallStorage {
             });
         }
         let start = Instant::now();
-        changes.commit().map_err(|e| self.fail(Error::Fatal(format!("commit: {e}"))))?;
+        changes.commit().map_err(|e| self.fail(not_written(&e, engine::first_error())))?;
         self.count_blocked(start.elapsed(), rows, bytes);
         self.committed_batches.fetch_add(1, Ordering::Release);
         let key_rows = batch.writes.iter().filter(|(bucket, ..)| *bucket == Bucket::Key);
@@ -423,13 +424,81 @@ fn failed(path: &Path, error: io::Error) -> Error {
     Error::Fatal(format!("{}: {error}", path.display()))
 }
 
+/// Why a commit failed: the engine says only that it has failed before when its worker did.
+fn not_written(error: &::fjall::Error, earlier: Option<&str>) -> Error {
+    let mut text = format!("commit: {error}");
+    if let (::fjall::Error::Poisoned, Some(earlier)) = (error, earlier) {
+        text.push_str(&format!(", because of an earlier error: {earlier}"));
+    }
+    if text.contains("StorageFull") {
+        text.push_str(
+            "; the disk is full. Everything acknowledged is in the log: a start with more room loses nothing",
+        );
+    }
+    Error::Fatal(text)
+}
+
 fn read_failed(error: ::fjall::Error) -> Error {
     Error::Fatal(format!("read: {error}"))
+}
+
+/// What the engine tells nobody but its log.
+mod engine {
+    use std::sync::OnceLock;
+
+    static FIRST: OnceLock<String> = OnceLock::new();
+
+    /// Takes the engine's errors down, from now on.
+    pub fn listen() {
+        // Another logger is there already, at the latest from the second store on.
+        if log::set_logger(&Errors).is_ok() {
+            log::set_max_level(log::LevelFilter::Error);
+        }
+    }
+
+    pub fn first_error() -> Option<&'static str> {
+        FIRST.get().map(String::as_str)
+    }
+
+    pub struct Errors;
+
+    impl log::Log for Errors {
+        fn enabled(&self, metadata: &log::Metadata) -> bool {
+            let of = |name| metadata.target().starts_with(name);
+            metadata.level() == log::Level::Error && (of("fjall") || of("lsm_tree"))
+        }
+
+        fn log(&self, record: &log::Record) {
+            if self.enabled(record.metadata()) {
+                tracing::error!("the store's engine: {}", record.args());
+                FIRST.get_or_init(|| record.args().to_string());
+            }
+        }
+
+        fn flush(&self) {}
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_failed_commit_names_the_first_error_and_a_full_disk() {
+        use log::Log;
+        let errors = engine::Errors;
+        let full = "Worker #0 crashed: Io(Os { code: 28, kind: StorageFull })";
+        let record = |target, text: std::fmt::Arguments<'_>| {
+            errors.log(&log::Record::builder().level(log::Level::Error).target(target).args(text).build());
+        };
+        record("another", format_args!("of no interest"));
+        record("fjall::worker_pool", format_args!("{full}"));
+        record("fjall::worker_pool", format_args!("what follows"));
+        let text = not_written(&::fjall::Error::Poisoned, engine::first_error()).to_string();
+        assert!(text.contains("Poisoned") && text.contains(full) && text.contains("the disk is full"), "{text}");
+        let text = not_written(&::fjall::Error::Poisoned, None).to_string();
+        assert!(!text.contains("full"), "{text}");
+    }
     use std::fs::OpenOptions;
     use std::os::unix::fs::FileExt;
 

@@ -51,36 +51,48 @@ pub enum HistoryError {
 
 /// The store as the hub reads it.
 pub struct StoreHistory {
-    pub(super) view: Arc<View>,
+    /// `None` while nobody reads: an old view would keep what has been deleted since.
+    view: Option<Arc<View>>,
     pub(super) cell: ViewCell,
     storage: Arc<dyn Storage>,
 }
 
 impl StoreHistory {
     pub fn new(cell: ViewCell, storage: Arc<dyn Storage>) -> Self {
-        let view = cell.load().kv.clone();
+        let view = Some(cell.load().kv.clone());
         Self { view, cell, storage }
+    }
+
+    /// The view in use.
+    pub(super) fn current(&self) -> &Arc<View> {
+        self.view.as_ref().expect("a view is taken up before history is read")
+    }
+
+    /// No view is in use until the next [`Self::refresh`].
+    pub fn let_go(&mut self) {
+        self.view = None;
     }
 
     /// From now on the newest view is read.
     pub fn refresh(&mut self) {
-        self.view = self.cell.load().kv.clone();
+        self.view = Some(self.cell.load().kv.clone());
     }
 }
 
 impl History for StoreHistory {
     fn view(&self) -> &View {
-        &self.view
+        self.current()
     }
 
     fn changes(&mut self, range: KeyRange<'_>, from: i64, limit: HistoryLimit) -> Result<HistoryPage, HistoryError> {
         let bound = replay::Limit { changes: limit.revisions, bytes: limit.bytes };
         loop {
-            let found = replay::changes(&self.view, &*self.storage, range, from, self.view.revision, bound);
+            let found = replay::changes(self.view(), &*self.storage, range, from, self.view().revision, bound);
             // Clean-up may have taken rows that an older view still names: the newest view then says so.
             self.refresh();
-            if from < self.view.compact_revision {
-                return Err(HistoryError::Compacted { compact_revision: self.view.compact_revision });
+            let compact_revision = self.view().compact_revision;
+            if from < compact_revision {
+                return Err(HistoryError::Compacted { compact_revision });
             }
             match found {
                 Ok(page) => return Ok(HistoryPage { changes: page.changes, next_from: page.next }),

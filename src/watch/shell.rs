@@ -56,6 +56,9 @@ pub async fn run(
     };
     let mut behind = false;
     loop {
+        if shell.streams.is_empty() {
+            shell.history.let_go();
+        }
         let next_tick = shell.hub.next_tick().map(|ms| shell.start + Duration::from_millis(ms));
         let published = shell.ends.published.clone();
         let asks = shell.ends.asks.clone();
@@ -87,7 +90,7 @@ pub async fn run(
             }
             () = tokio::task::yield_now(), if behind => {}
         }
-        behind = shell.catch_up();
+        behind = !shell.streams.is_empty() && shell.catch_up();
         stats(&shell.hub.stats());
     }
 }
@@ -125,7 +128,7 @@ impl Shell {
             }
             Ask::Request { stream, request, denied, go_on } => {
                 self.adopt_current_view();
-                let view = self.history.view.clone();
+                let view = self.history.current().clone();
                 self.hub.on_request(stream, request, denied, &view, &mut self.out);
                 self.forward();
                 if self.hub.accepts_requests(stream) {
@@ -157,9 +160,9 @@ impl Shell {
     }
 
     fn jump_to_current_view(&mut self) {
-        if self.history.view.revision > self.hub.revision() {
+        if self.history.current().revision > self.hub.revision() {
             let raft_term = self.raft_term();
-            self.published(Published { view: self.history.view.clone(), changes: Arc::from([]), raft_term });
+            self.published(Published { view: self.history.current().clone(), changes: Arc::from([]), raft_term });
         }
     }
 
@@ -286,5 +289,59 @@ impl tokio_stream::Stream for Responses {
 impl Drop for Responses {
     fn drop(&mut self) {
         let _ = self.client.asks.send(Ask::Close { stream: self.stream });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        apply::{Core, Settings, View},
+        cluster::Version,
+        storage::MemStorage,
+        watch::connect,
+    };
+
+    #[tokio::test]
+    async fn idle_hub_keeps_no_view() {
+        let storage = Arc::new(MemStorage::default());
+        let settings = Settings {
+            member_id: 1,
+            release: Version::new(3, 7, 1),
+            min_lease_ttl: 2,
+            max_learners: 1,
+            persist_lease_checkpoints: false,
+            quota_bytes: None,
+        };
+        let cell = ViewCell::new(Core::open(storage.clone(), settings).unwrap().view());
+        let (_port, client, ends) = connect(1 << 20, super::super::PUBLISHED_MAX);
+        let hub = run(HubConfig::default(), 1, ends, cell.clone(), storage, |_| {});
+        // A new view is out, and nothing holds the one before it.
+        let replaced = async |when: &str| {
+            let old = Arc::downgrade(&cell.load().kv);
+            let kv = Arc::new(crate::mvcc::View::clone(&cell.load().kv));
+            cell.publish(Arc::new(View { kv, ..View::clone(&cell.load()) }));
+            for _ in 0..100 {
+                if old.upgrade().is_none() {
+                    return;
+                }
+                tokio::task::yield_now().await;
+            }
+            panic!("a view is held {when}");
+        };
+        let test = async {
+            tokio::task::yield_now().await;
+            replaced("before the first stream").await;
+            let (responses, _taken) = mpsc::unbounded_channel();
+            let (opened, stream) = oneshot::channel();
+            client.asks.send(Ask::Open { responses, opened }).unwrap();
+            let stream = stream.await.unwrap();
+            client.asks.send(Ask::Close { stream }).unwrap();
+            replaced("behind the last stream").await;
+        };
+        tokio::select! {
+            () = hub => panic!("the hub ended"),
+            () = test => {}
+        }
     }
 }

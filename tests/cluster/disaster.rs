@@ -84,6 +84,7 @@ fn data_of_one_member_becomes_a_cluster_of_three_again() {
             cluster.until_equal().await;
             assert_eq!(members(&cluster, new).await.1.len(), size);
         }
+        // L-32: one without the lease would refuse what the others apply.
         for at in 0..3 {
             put(&cluster, at, format!("k-again-{at}"), lease).await;
         }

@@ -3,10 +3,10 @@
 use std::time::{Duration, Instant};
 
 use actd::pb::etcdserverpb::{
-    AlarmRequest, DowngradeRequest, HashKvRequest, LeaseGrantRequest, LeaseKeepAliveRequest, MemberAddRequest,
-    MemberListRequest, MemberPromoteRequest, MemberRemoveRequest, MemberUpdateRequest, MoveLeaderRequest, PutRequest,
-    RangeRequest, StatusRequest, TxnRequest, WatchCreateRequest, WatchRequest, downgrade_request::DowngradeAction,
-    watch_request::RequestUnion,
+    AlarmRequest, DowngradeRequest, HashKvRequest, LeaseGrantRequest, LeaseKeepAliveRequest, LeaseRevokeRequest,
+    LeaseTimeToLiveRequest, MemberAddRequest, MemberListRequest, MemberPromoteRequest, MemberRemoveRequest,
+    MemberUpdateRequest, MoveLeaderRequest, PutRequest, RangeRequest, StatusRequest, TxnRequest, WatchCreateRequest,
+    WatchRequest, downgrade_request::DowngradeAction, watch_request::RequestUnion,
 };
 use actd::peer::client;
 use tokio_stream::{Stream, StreamExt};
@@ -193,14 +193,15 @@ fn promotions_asked_of_any_member_reach_the_leader() {
 
 #[test]
 fn learners_answer_little_until_they_are_promoted() {
-    // C-20, C-22, C-25, C-26
+    // C-20, C-22, C-25, C-26, KV-26, KV-39, W-53
     run(|| async {
         let mut cluster = Cluster::start(2, &[]).await;
         let leader = cluster.until_led().await;
         let mut voter = cluster.members[leader].client();
         voter.kv.put(PutRequest { key: "k".into(), value: "v".into(), ..Default::default() }).await.expect("a put");
         let new = cluster.add(leader, true).await;
-        let Client { mut kv, mut lease, cluster: mut members, mut maintenance, .. } = cluster.members[new].client();
+        let Client { mut kv, mut lease, mut watch, cluster: mut members, mut maintenance, .. } =
+            cluster.members[new].client();
         let deadline = Instant::now() + PATIENCE;
         let range = RangeRequest { key: "k".into(), serializable: true, ..Default::default() };
         while kv.range(range.clone()).await.is_ok_and(|answer| answer.into_inner().kvs.is_empty())
@@ -215,6 +216,9 @@ fn learners_answer_little_until_they_are_promoted() {
         refused(kv.range(linearizable.clone()).await, Code::FailedPrecondition, text);
         refused(kv.put(PutRequest { key: "k".into(), ..Default::default() }).await, Code::FailedPrecondition, text);
         refused(kv.txn(TxnRequest::default()).await, Code::FailedPrecondition, text);
+        refused(kv.range_stream(range.clone()).await.map(drop), Code::FailedPrecondition, text);
+        let watched = watch.watch(tokio_stream::pending::<WatchRequest>()).await.map(drop);
+        refused(watched, Code::FailedPrecondition, text);
         refused(lease.lease_grant(LeaseGrantRequest { ttl: 9, id: 0 }).await, Code::FailedPrecondition, text);
         let list = MemberListRequest { linearizable: false };
         refused(members.member_list(list).await, Code::FailedPrecondition, text);
@@ -272,14 +276,14 @@ fn removed_members_end_and_do_not_start_again() {
 
 #[test]
 fn members_without_quorum_say_so() {
-    // D-12, D-16, C-3, G-8
+    // D-12, D-16, C-3, G-8, KV-26, KV-31, W-54
     run(|| async {
         let mut cluster = Cluster::start(3, &[]).await;
         let leader = cluster.until_led().await;
         for i in (0..3).filter(|i| *i != leader) {
             cluster.members[i].kill();
         }
-        let Client { mut kv, cluster: mut members, .. } = cluster.members[leader].client();
+        let Client { mut kv, cluster: mut members, mut watch, .. } = cluster.members[leader].client();
         let deadline = Instant::now() + PATIENCE;
         while cluster.members[leader].status().await.is_none_or(|status| status.leader != 0) {
             assert!(Instant::now() < deadline, "it leads nobody and does not notice");
@@ -292,7 +296,20 @@ fn members_without_quorum_say_so() {
         refused(kv.range(range.clone()).await, Code::Unavailable, "etcdserver: request timed out");
         let put = PutRequest { key: "k".into(), ..Default::default() };
         refused(kv.put(put).await, Code::DeadlineExceeded, "context deadline exceeded");
-        kv.range(RangeRequest { serializable: true, ..range }).await.expect("a serializable read");
+        // Who knows whether there is such a member by now?
+        let update = MemberUpdateRequest { id: 7, peer_ur_ls: vec!["http://127.0.0.1:1".to_owned()] };
+        refused(members.member_update(update).await, Code::DeadlineExceeded, "context deadline exceeded");
+        refused(kv.range_stream(range.clone()).await.map(drop), Code::Unavailable, "etcdserver: request timed out");
+        let serializable = RangeRequest { serializable: true, ..range };
+        kv.range(serializable.clone()).await.expect("a serializable read");
+        let mut parts = kv.range_stream(serializable).await.expect("a serializable stream").into_inner();
+        assert!(parts.message().await.expect("a part").is_some());
+        // A watch begins with what is known here.
+        let create = WatchCreateRequest { key: "k".into(), ..Default::default() };
+        let create = WatchRequest { request_union: Some(RequestUnion::CreateRequest(create)) };
+        let requests = tokio_stream::once(create).chain(tokio_stream::pending());
+        let mut watching = watch.watch(requests).await.expect("a stream").into_inner();
+        assert!(watching.message().await.expect("a response").expect("created").created);
         let local = MemberListRequest { linearizable: false };
         assert_eq!(members.member_list(local).await.expect("a local list").into_inner().members.len(), 3);
         // With one more it goes on.
@@ -379,5 +396,53 @@ fn removed_members_stop_and_stay_out() {
         kv.put(PutRequest { key: "k".into(), ..Default::default() }).await.expect("two of two");
         cluster.until_equal().await;
         assert_eq!(cluster.term().await, term);
+    });
+}
+
+#[test]
+fn what_one_member_was_told_holds_on_all() {
+    // L-6, W-33, KV-73
+    run(|| async {
+        let cluster = Cluster::start(3, &[]).await;
+        cluster.until_led().await;
+        let mut clients: Vec<Client> = cluster.members.iter().map(|member| member.client()).collect();
+        let mut watching = Vec::new();
+        for client in &mut clients {
+            let create = WatchCreateRequest { key: "k".into(), range_end: "l".into(), ..Default::default() };
+            let create = WatchRequest { request_union: Some(RequestUnion::CreateRequest(create)) };
+            let requests = tokio_stream::once(create).chain(tokio_stream::pending());
+            let mut stream = client.watch.watch(requests).await.expect("a stream").into_inner();
+            assert!(stream.message().await.expect("a response").expect("created").created);
+            watching.push(stream);
+        }
+        const ROUNDS: usize = 30;
+        for round in 0..ROUNDS {
+            // Granted by one, used at once on the next, renewed on the one after.
+            let at = |n: usize| (round + n) % 3;
+            let grant = LeaseGrantRequest { ttl: 600, id: 0 };
+            let id = clients[at(0)].lease.lease_grant(grant).await.expect("a lease").into_inner().id;
+            let put = PutRequest { key: format!("k{}", round % 4).into(), lease: id, ..Default::default() };
+            clients[at(1)].kv.put(put).await.expect("a put with a lease just granted");
+            let renew = tokio_stream::once(LeaseKeepAliveRequest { id });
+            let mut renewed = clients[at(2)].lease.lease_keep_alive(renew).await.expect("a stream").into_inner();
+            assert_eq!(renewed.message().await.expect("no error").expect("an answer").ttl, 600);
+            let ask = LeaseTimeToLiveRequest { id, keys: true };
+            let time = clients[at(1)].lease.lease_time_to_live(ask).await.expect("an answer").into_inner();
+            assert_eq!((time.granted_ttl, time.keys.len()), (600, 1));
+            if round % 5 == 4 {
+                clients[at(2)].lease.lease_revoke(LeaseRevokeRequest { id }).await.expect("revoked");
+            }
+        }
+        let mut seen = Vec::new();
+        for stream in &mut watching {
+            let mut events = Vec::new();
+            while events.len() < ROUNDS + ROUNDS / 5 {
+                let next = tokio::time::timeout(PATIENCE, stream.message()).await.expect("in time");
+                events.extend(next.expect("no error").expect("the stream goes on").events);
+            }
+            seen.push(events);
+        }
+        assert!(seen[1] == seen[0] && seen[2] == seen[0]);
+        cluster.until_equal().await;
     });
 }

@@ -88,8 +88,8 @@ impl Server {
     }
 
     /// As `start`, with at most so many open files.
-    pub fn start_with_open_files(program: &Path, open_files: u32) -> Self {
-        let mut server = Self::stopped_in(&env::temp_dir(), program, &[]);
+    pub fn start_with_open_files(program: &Path, open_files: u32, flags: &[&str]) -> Self {
+        let mut server = Self::stopped_in(&env::temp_dir(), program, flags);
         server.open_files = Some(open_files);
         server.restart();
         server
