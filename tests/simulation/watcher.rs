@@ -282,13 +282,13 @@ mod mvccpb_event {
     use super::{Bytes, KeyValue, Message};
 
     #[derive(Clone, PartialEq, Message)]
-    struct Wire {
+    pub struct Wire {
         #[prost(int32, tag = "1")]
-        kind: i32,
+        pub kind: i32,
         #[prost(message, optional, tag = "2")]
-        kv: Option<KeyValue>,
+        pub kv: Option<KeyValue>,
         #[prost(message, optional, tag = "3")]
-        prev_kv: Option<KeyValue>,
+        pub prev_kv: Option<KeyValue>,
     }
 
     #[derive(Debug)]
@@ -301,5 +301,94 @@ mod mvccpb_event {
     pub fn decode(raw: &Bytes) -> Event {
         let wire = Wire::decode(raw.clone()).expect("events decode");
         Event { delete: wire.kind == 1, kv: wire.kv.expect("an event has a record"), prev: wire.prev_kv }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use actd::{
+        mvcc::record::RawEvent,
+        pb::etcdserverpb::{
+            InternalRaftRequest, PutRequest, RequestOp, ResponseHeader, TxnRequest, request_op::Request,
+        },
+    };
+    use rand::SeedableRng;
+
+    use super::*;
+
+    /// Revision 2 is of `a`, 3 of `a` and `b` together, 4 of `b`.
+    fn model() -> Model {
+        let put = |key: &str, value: &str| PutRequest {
+            key: key.to_owned().into(),
+            value: value.to_owned().into(),
+            ..Default::default()
+        };
+        let both = ["a", "b"].map(|key| RequestOp { request: Some(Request::RequestPut(put(key, "2"))) });
+        let txn = TxnRequest { success: both.to_vec(), ..Default::default() };
+        let mut model = Model::new(2);
+        let one = |put| InternalRaftRequest { put: Some(put), ..Default::default() };
+        let both = InternalRaftRequest { txn: Some(txn), ..Default::default() };
+        for request in [one(put("a", "1")), both, one(put("b", "3"))] {
+            model.execute(&request).expect("it is good");
+        }
+        model
+    }
+
+    /// One that watches all from revision 2 on, with previous values.
+    fn watcher() -> Watcher {
+        let mut watcher = Watcher::new(&mut StdRng::seed_from_u64(1), |_| Bytes::from_static(b"a"));
+        let all = Bytes::from_static(b"\0");
+        watcher.watches.truncate(1);
+        let watch = &mut watcher.watches[0];
+        (watch.key, watch.end, watch.prev_kv, watch.start) = (all.clone(), all, true, 2);
+        watcher.creating.push_back(0);
+        let created = WatchResponse { created: true, ..header(4) };
+        watcher.on_response(&model(), &created);
+        watcher
+    }
+
+    fn header(revision: i64) -> WatchResponse {
+        WatchResponse { header: Some(ResponseHeader { revision, ..Default::default() }), ..Default::default() }
+    }
+
+    /// Events of these revisions, all keys of each, or its first alone.
+    fn events(revisions: &[i64], whole: bool, with_previous: bool) -> WatchResponse {
+        let model = model();
+        let mut events = Vec::new();
+        for revision in revisions {
+            let changes = &model.revisions[revision];
+            for change in &changes[..if whole { changes.len() } else { 1 }] {
+                let previous = model.at(&change.key, revision - 1).filter(|_| with_previous);
+                let kv = change.kv.clone();
+                let wire = mvccpb_event::Wire { kind: 0, kv, prev_kv: previous.cloned() };
+                events.push(RawEvent(wire.encode_to_vec().into()));
+            }
+        }
+        WatchResponse { events, ..header(4) }
+    }
+
+    fn hears(responses: &[WatchResponse]) -> bool {
+        let (mut watcher, model) = (watcher(), model());
+        let all = || responses.iter().for_each(|response| watcher.on_response(&model, response));
+        catch_unwind(AssertUnwindSafe(all)).is_ok()
+    }
+
+    #[test]
+    fn good_and_bad_watches_are_told_apart() {
+        assert!(hears(&[events(&[2], true, true), events(&[3, 4], true, true), header(4)]));
+        assert!(hears(&[events(&[2, 3, 4], true, true)]));
+        assert!(hears(&[events(&[2], true, true), header(2)]));
+        assert!(!hears(&[events(&[3], true, true)]), "2 was left out");
+        assert!(!hears(&[events(&[2], true, true), events(&[4], true, true)]), "3 was left out");
+        assert!(!hears(&[events(&[2], true, true), events(&[2], true, true)]), "2 came twice");
+        assert!(!hears(&[events(&[2, 4], true, true), events(&[3], true, true)]), "the order");
+        assert!(!hears(&[events(&[2, 3], false, true)]), "half of 3");
+        assert!(!hears(&[events(&[2, 3, 4], true, false)]), "no previous values");
+        assert!(!hears(&[header(4)]), "progress overtakes");
+        assert!(!hears(&[header(9)]), "progress of the future");
+        assert!(!hears(&[events(&[2, 3, 4], true, true), header(2)]), "progress goes back");
+        assert!(!hears(&[WatchResponse { canceled: true, compact_revision: 3, ..header(4) }]), "nobody compacted");
     }
 }
