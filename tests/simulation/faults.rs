@@ -106,6 +106,7 @@ impl World {
                 };
                 let leader = (0..self.members.len()).find(|m| leads(self, *m) && *m != to);
                 leader.is_some_and(|m| {
+                    self.handed_over = now;
                     self.process(m).raft_tx.control(raft::Control::Transfer { to: id });
                     self.pump(m);
                     true
@@ -116,6 +117,7 @@ impl World {
                     return false;
                 }
                 // It hands over first, if it leads.
+                self.handed_over = now;
                 self.process(member).raft_tx.control(raft::Control::Transfer { to: 0 });
                 self.pump(member);
                 let epoch = self.members[member].epoch;

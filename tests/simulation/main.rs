@@ -16,7 +16,10 @@ mod world;
 
 use std::{
     collections::BTreeMap,
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -33,10 +36,14 @@ fn variable(name: &str) -> Option<u64> {
 /// Seeds that CI runs.
 const SEEDS: u64 = 2_000;
 
+/// Failures that are enough.
+const FAILURES: usize = 5;
+
 /// Runs seeds from `first` on, on all cores, until there are enough of them.
 fn many(first: u64, seeds: u64, seconds: Option<u64>) -> (Report, Duration) {
     let began = Instant::now();
     let next = AtomicU64::new(first);
+    let failures = Mutex::new(BTreeMap::new());
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let work = || {
         let mut total = Report::default();
@@ -46,25 +53,29 @@ fn many(first: u64, seeds: u64, seconds: Option<u64>) -> (Report, Duration) {
                 Some(seconds) => began.elapsed() >= Duration::from_secs(seconds),
                 None => seed >= first + seeds,
             };
-            if is_over {
-                return Ok(total);
+            let failed = failures.lock().expect("nobody panics with it").len();
+            if is_over || failed >= FAILURES {
+                return total;
+            }
+            if seed > first && (seed - first).is_multiple_of(10_000) {
+                println!("{} seeds in {:?}, {failed} failed", seed - first, began.elapsed());
             }
             match run(&Plan::new(seed), None) {
                 Ok(report) => total.add(&report),
-                Err(failure) => return Err((seed, failure)),
+                Err(failure) => drop(failures.lock().expect("nobody panics with it").insert(seed, failure)),
             }
         }
     };
-    let results: Vec<_> = std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
-        threads.into_iter().map(|thread| thread.join().expect("failures are results")).collect()
-    });
     let mut total = Report::default();
-    for result in results {
-        match result {
-            Ok(report) => total.add(&report),
-            Err((seed, failure)) => panic!("seed {seed}: {failure}\n{}", shrunk(&Plan::new(seed), None)),
-        }
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+        threads.into_iter().for_each(|thread| total.add(&thread.join().expect("failures are results")));
+    });
+    let failures = failures.into_inner().expect("nobody panics with it");
+    if let Some((seed, failure)) = failures.first_key_value() {
+        println!("{total}");
+        failures.iter().for_each(|(seed, failure)| println!("seed {seed}: {failure}"));
+        panic!("seed {seed}: {failure}\n{}", shrunk(&Plan::new(*seed), None));
     }
     (total, began.elapsed())
 }

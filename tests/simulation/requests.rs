@@ -19,7 +19,7 @@ use tokio::sync::oneshot::{self, error::TryRecvError};
 use super::{
     client::Kind,
     member::{LeaseAsk, Process, Renewal, Renewing, Waiter},
-    plan::{LATE, MS, REQUEST_TIMEOUT, SECOND},
+    plan::{ELECTION, LATE, MS, REQUEST_TIMEOUT, SECOND},
     world::{Answer, Event, OpId, World},
 };
 
@@ -108,10 +108,14 @@ impl World {
     }
 
     /// A leader that others have replaced promises until it notices, two election timeouts at most; its successor adds one to
-    /// every lease, after the one it took to be elected. What is on its way meanwhile comes on top, as in etcd.
+    /// every lease, after the one it took to be elected. What is on its way meanwhile comes on top, and what their clocks
+    /// differ by, as in etcd. A handover that was asked for puts the look at the others off by one timeout more.
     fn grace(&self) -> u64 {
         let late = if self.plan.config.late > 0.0 { LATE.1 } else { 0 };
-        late + 3 * self.plan.config.latency.1
+        let clocks = 3 * ELECTION / 10;
+        let is_handed_over = self.handed_over > 0 && self.now < self.handed_over + 8 * SECOND;
+        let handover = if is_handed_over { 11 * ELECTION / 10 } else { 0 };
+        late + 3 * self.plan.config.latency.1 + clocks + handover
     }
 
     /// Somebody was told that a lease lives for `ttl` seconds, by a call that began at `start`.

@@ -117,6 +117,8 @@ pub struct World {
     pub revocations_seen: usize,
     pub requests: BTreeMap<u64, OpId>,
     pub refused: Vec<u64>,
+    /// When a leader was asked last to hand over.
+    pub handed_over: u64,
     pub next_member: u64,
     /// A member was asked to leave.
     pub is_smaller: bool,
@@ -176,6 +178,7 @@ impl World {
             revocations_seen: 0,
             requests: BTreeMap::new(),
             refused: Vec::new(),
+            handed_over: 0,
             next_member: 0xa0,
             is_smaller: false,
             next_lease: 1,
