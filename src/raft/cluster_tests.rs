@@ -515,12 +515,12 @@ fn the_log_is_kept_for_no_member_that_was_removed() {
         cluster.settle();
     }
     let newest = cluster.nodes[&leader].applied_index;
-    let kept = cluster.nodes[&leader].core.checkpoint(newest).map_or(0, |record| record.index());
+    let kept = cluster.node(leader).core.checkpoint(newest).map_or(0, |record| record.index());
     assert!(kept <= applied, "what follows the snapshot is kept: {kept}");
     cluster.change(leader, &Change::Remove(follower));
     cluster.ticks(3);
     let newest = cluster.nodes[&leader].applied_index;
-    let kept = cluster.nodes[&leader].core.checkpoint(newest).map_or(0, |record| record.index());
+    let kept = cluster.node(leader).core.checkpoint(newest).map_or(0, |record| record.index());
     assert!(kept > applied, "kept from {kept} of {newest}");
 }
 

@@ -107,6 +107,12 @@ pub struct Core {
     answers: Vec<Answer>,
     /// Readys the WAL has not answered yet.
     in_flight: VecDeque<InFlight>,
+    /// Number of the newest Ready.
+    number: u64,
+    /// The commit index has moved since the log was last told. It is written with what is written next: nothing rests on it.
+    commit_unwritten: bool,
+    /// It is worth a write of its own.
+    commit_wanted: bool,
     /// Committed entries that wait for a membership change to be in force, or for room in apply's inbox.
     held: VecDeque<Committed>,
     held_bytes: usize,
@@ -179,6 +185,9 @@ impl Core {
             held_reads: Held::default(),
             answers: Vec::new(),
             in_flight: VecDeque::new(),
+            number: 0,
+            commit_unwritten: false,
+            commit_wanted: false,
             held: VecDeque::new(),
             held_bytes: 0,
             conf_change_at: None,
@@ -428,7 +437,7 @@ impl Core {
     }
 
     /// The store is synced up to `synced`. The snapshot record to write, if the log can be dropped further.
-    pub fn checkpoint(&self, synced: u64) -> Option<walpb::Snapshot> {
+    pub fn checkpoint(&mut self, synced: u64) -> Option<walpb::Snapshot> {
         let log = self.node.store();
         let synced = if sim::has(Bug::LogDroppedTooEarly) { log.applied } else { synced };
         // A membership change that apply has recorded may not be in force yet: until then raft looks at its entry.
@@ -442,11 +451,12 @@ impl Core {
         }
         let term = raft::Storage::term(log, index).ok()?;
         let first = raft::Storage::first_index(log).ok()?;
-        (index >= first).then(|| walpb::Snapshot {
-            index: Some(index),
-            term: Some(term),
-            conf_state: Some(self.conf_state()),
-        })
+        if index < first {
+            return None;
+        }
+        // The record counts once a commit index that covers it is in the log.
+        self.commit_wanted = true;
+        Some(walpb::Snapshot { index: Some(index), term: Some(term), conf_state: Some(self.conf_state()) })
     }
 
     pub fn compact(&mut self, index: u64) {
@@ -475,10 +485,23 @@ impl Core {
                 self.take_ready(output);
             }
         }
+        if room.log && self.commit_wanted {
+            self.write_commit(output);
+        }
         if room.apply {
             self.hand_out_held(output);
         }
         output.answers.append(&mut self.answers);
+    }
+
+    fn write_commit(&mut self, output: &mut Output) {
+        self.commit_wanted = false;
+        if !std::mem::take(&mut self.commit_unwritten) {
+            return;
+        }
+        let hard_state = Some(convert::hard_state_to_pb(&self.node.store().hard_state));
+        let number = self.number;
+        output.appends.push(Append { number, snapshot: None, entries: Vec::new(), hard_state, sync: false });
     }
 
     /// True while a proposal would be lost.
@@ -626,6 +649,7 @@ impl Core {
     fn take_ready(&mut self, output: &mut Output) {
         let mut ready = self.node.ready();
         let number = ready.number();
+        self.number = number;
         let mut messages = ready.take_messages();
         let mut promises = ready.take_persisted_messages();
         let committed = ready.take_committed_entries();
@@ -688,11 +712,12 @@ impl Core {
             self.reads.forget_originals();
         }
 
-        if !to_disk.is_empty() || hard_state.is_some() || snapshot.is_some() {
+        self.commit_unwritten |= hard_state.is_some();
+        if sync {
             self.in_flight.push_back(InFlight { number, promises, end, install, since_tick: self.ticks });
             // A snapshot's record counts only with a commit index that covers it.
-            let hard_state = hard_state.or_else(|| snapshot.is_some().then(|| self.node.store().hard_state.clone()));
-            let hard_state = hard_state.as_ref().map(convert::hard_state_to_pb);
+            let has_news = std::mem::take(&mut self.commit_unwritten) || snapshot.is_some();
+            let hard_state = has_news.then(|| convert::hard_state_to_pb(&self.node.store().hard_state));
             output.appends.push(Append { number, snapshot, entries: to_disk, hard_state, sync });
             if sim::has(Bug::AckBeforeSync) {
                 self.persisted(number, output);

@@ -240,6 +240,40 @@ fn stop_refuses_what_waits_and_what_comes() {
 }
 
 #[test]
+fn commit_index_is_written_with_what_comes_next_or_at_a_checkpoint() {
+    let mut bench = Bench::leading();
+    let commits = |bench: &mut Bench| {
+        let appends: Vec<Append> = bench.output.appends.drain(..).collect();
+        let commit = |append: &Append| append.hard_state.as_ref().map(raftpb::HardState::commit);
+        let numbers: Vec<u64> = appends.iter().map(|append| append.number).collect();
+        (
+            numbers.last().copied(),
+            appends.iter().map(|append| (append.entries.len(), commit(append))).collect::<Vec<_>>(),
+        )
+    };
+    bench.settle();
+    let last = bench.applied;
+    bench.propose(b"a");
+    bench.poll();
+    let (number, writes) = commits(&mut bench);
+    assert_eq!(writes, [(1, Some(last))], "the commit before rides along");
+    bench.persist(number.unwrap());
+    assert_eq!(bench.committed().len(), 1);
+    assert_eq!(commits(&mut bench), (None, vec![]), "a commit alone writes nothing");
+
+    bench.core.checkpoint(last + 1);
+    bench.poll();
+    assert_eq!(commits(&mut bench).1, [], "nothing to drop, nothing to write");
+    for _ in 0..20 {
+        bench.propose(b"x");
+        bench.settle();
+    }
+    assert!(bench.core.checkpoint(bench.applied).is_some());
+    bench.poll();
+    assert_eq!(commits(&mut bench).1, [(0, Some(bench.applied))]);
+}
+
+#[test]
 fn restart_commits_what_the_store_has_applied() {
     let (id, mut entries, _) = founding();
     for index in 2..=6 {
