@@ -473,6 +473,33 @@ fn leader_that_removes_itself_makes_room() {
 }
 
 #[test]
+fn the_only_one_left_leads_when_its_log_is_written() {
+    let (mut cluster, leader) = Cluster::led(2);
+    let left = other(&cluster, leader);
+    // The removal is in the log of who stays, and not committed yet; what follows it hangs there.
+    cluster.node(leader).hangs = true;
+    cluster.change(leader, &Change::Remove(leader));
+    cluster.settle();
+    cluster.node(left).hangs = true;
+    cluster.propose(leader, "behind");
+    cluster.settle();
+    cluster.node(leader).hangs = false;
+    cluster.settle();
+    assert!(!cluster.node(leader).core.reading().is_leader, "it is removed");
+    cluster.ticks(40);
+    assert!(!cluster.node(left).core.reading().is_leader, "its log's disk hangs");
+
+    cluster.node(left).hangs = false;
+    cluster.settle();
+    cluster.ticks(2);
+    assert!(cluster.node(left).core.reading().is_leader);
+    let id = cluster.propose(left, "alone");
+    cluster.settle();
+    assert!(matches!(cluster.outcome(id), Some(Ok(Response::Done))));
+    assert!(cluster.nodes[&left].applied.values().any(|data| data.windows(6).any(|at| at == b"behind")));
+}
+
+#[test]
 fn follower_far_behind_gets_a_snapshot_and_goes_on() {
     // D-26
     let (mut cluster, leader) = Cluster::led(3);

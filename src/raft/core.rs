@@ -245,7 +245,7 @@ impl Core {
             }
             MessageType::MsgAppendResponse if self.takes_back(&message) => {}
             // Others are asked to lead only when they are up to date.
-            MessageType::MsgTimeoutNow if self.installing => {}
+            MessageType::MsgTimeoutNow if self.installing || self.is_unwritten_alone() => {}
             MessageType::MsgPropose => {
                 if !message.entries.iter().all(convert::is_readable) {
                     return Err("a proposal that no member can apply");
@@ -306,7 +306,7 @@ impl Core {
                 let term = self.node.raft.term;
                 self.node.raft.become_follower(term, raft::INVALID_ID);
             }
-        } else if !self.installing {
+        } else if !self.installing && !self.is_unwritten_alone() {
             // Whoever has not taken on its snapshot yet stands for no election: raft would look at entries that the
             // snapshot replaced.
             self.set_election_timeout();
@@ -351,6 +351,13 @@ impl Core {
         self.node.raft.prs().conf().voters().ids().iter().eq([self.options.id])
     }
 
+    /// A sole voter that would win an election before its log is on disk, as whoever others have just left: the crate
+    /// lets nobody lead without.
+    fn is_unwritten_alone(&self) -> bool {
+        let log = &self.node.raft.raft_log;
+        !self.leads() && self.is_sole_voter() && log.persisted < log.last_index()
+    }
+
     /// Nobody else is told of anything.
     fn is_alone(&self) -> bool {
         self.is_sole_voter() && self.node.raft.prs().conf().learners().is_empty()
@@ -359,7 +366,8 @@ impl Core {
     /// A sole voter need not wait for an election timeout: nobody else can lead.
     pub fn campaign_alone(&mut self) {
         let raft = &self.node.raft;
-        if raft.state == StateRole::Follower && self.is_sole_voter() && raft.promotable() && !self.installing {
+        let may = raft.promotable() && !self.installing && !self.is_unwritten_alone();
+        if raft.state == StateRole::Follower && self.is_sole_voter() && may {
             // Refused while a membership change is committed but not applied; the next tick asks again.
             let _ = self.node.campaign();
         }
