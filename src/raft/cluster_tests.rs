@@ -473,6 +473,30 @@ fn leader_that_removes_itself_makes_room() {
 }
 
 #[test]
+fn leader_that_is_removed_says_so_until_it_ends() {
+    for members in [2, 3] {
+        let (mut cluster, leader) = Cluster::led(members);
+        cluster.change(leader, &Change::Remove(leader));
+        // All have it in their logs, and nobody hears that it is committed.
+        while cluster.node(leader).core.reading().is_leader {
+            let all: Vec<u64> = cluster.nodes.keys().copied().filter(|id| *id != leader).chain([leader]).collect();
+            for id in all {
+                std::mem::take(&mut cluster.network).into_iter().for_each(|message| cluster.deliver(message));
+                cluster.work(id);
+            }
+        }
+        cluster.network.clear();
+        cluster.ticks(4);
+        let next = cluster.leader().expect("others lead at once");
+        assert_ne!(next, leader);
+        cluster.nodes.remove(&leader);
+        let id = cluster.propose(next, "a");
+        cluster.ticks(2);
+        assert_eq!(cluster.outcome(id), Some(Ok(Response::Done)), "{members} members");
+    }
+}
+
+#[test]
 fn the_only_one_left_leads_when_its_log_is_written() {
     let (mut cluster, leader) = Cluster::led(2);
     let left = other(&cluster, leader);

@@ -85,6 +85,16 @@ struct InFlight {
     since_tick: u64,
 }
 
+/// A leader that was removed still says what is committed, and then who is to lead: the others may not have heard of the
+/// removal, and the one who is left of two could not commit it by itself.
+struct Farewell {
+    /// While this is the term: nobody else leads in it.
+    term: u64,
+    /// To whom, and up to where its log is known to be the leader's.
+    others: Vec<(u64, u64)>,
+    ticks: u64,
+}
+
 /// A database on its way to another member: the log from `index` on is kept for it.
 struct SnapshotOut {
     index: u64,
@@ -127,6 +137,7 @@ pub struct Core {
     /// The snapshot that apply has not taken on yet.
     installing: bool,
     snapshots_out: HashMap<u64, SnapshotOut>,
+    farewell: Option<Farewell>,
     /// What others may have been told before this member was alone, and acknowledged.
     alone_from: u64,
     ticks: u64,
@@ -144,6 +155,8 @@ const FORWARD_BYTES_MAX: usize = 1 << 20;
 const HELD_BYTES_MAX: usize = 64 << 20;
 /// Ticks after which a read round is asked for again: 500 ms with the usual tick.
 const READ_RETRY_TICKS: u64 = 5;
+/// Ticks a leader that was removed waits before it asks another to lead.
+const FAREWELL_TICKS: u64 = 3;
 /// Ticks a log is kept for a follower after its snapshot was delivered: 30 s with the usual tick.
 const SNAPSHOT_KEEP_TICKS: u64 = 300;
 
@@ -196,6 +209,7 @@ impl Core {
             installed_index: 0,
             installing: false,
             snapshots_out: HashMap::default(),
+            farewell: None,
             alone_from: 0,
             ticks: 0,
             stopping: false,
@@ -313,6 +327,7 @@ impl Core {
             self.node.tick();
         }
         self.campaign_alone();
+        self.say_farewell();
         self.held_proposals.expire((self.ticks + 1).saturating_sub(2 * election_ticks));
         let (ticks, members) = (self.ticks, self.node.raft.prs());
         // Whoever was removed meanwhile gets none any more.
@@ -334,6 +349,29 @@ impl Core {
         self.answers.extend(gone.map(|(_, ticket)| (ticket.reply, Err(Error::Timeout))));
         let gone = self.reads.late(now);
         self.answers.extend(gone.into_iter().map(|read| (read.reply, Err(Error::Timeout))));
+    }
+
+    fn say_farewell(&mut self) {
+        let raft = &mut self.node.raft;
+        let Some(farewell) = self.farewell.as_mut().filter(|farewell| farewell.term == raft.term) else { return };
+        farewell.ticks += 1;
+        let message = |kind, to| rs::Message {
+            msg_type: kind,
+            from: self.options.id,
+            to,
+            term: farewell.term,
+            ..Default::default()
+        };
+        let committed = raft.raft_log.committed;
+        raft.msgs.extend(farewell.others.iter().map(|(id, matched)| rs::Message {
+            commit: committed.min(*matched),
+            ..message(MessageType::MsgHeartbeat, *id)
+        }));
+        if farewell.ticks == FAREWELL_TICKS {
+            let is_voter = |id: u64| raft.prs().conf().voters().contains(id);
+            let next = farewell.others.iter().filter(|(id, _)| is_voter(*id)).max_by_key(|(_, matched)| *matched);
+            raft.msgs.extend(next.map(|(id, _)| message(MessageType::MsgTimeoutNow, *id)));
+        }
     }
 
     /// In place of the crate's choice, which comes from a generator of its own: a function of seed and term, so that
@@ -412,6 +450,8 @@ impl Core {
             if raft.state == StateRole::Leader && raft.prs().get(self.options.id).is_none() {
                 // Removed itself: the crate would count on its own acknowledgements.
                 let term = raft.term;
+                let others = raft.prs().iter().map(|(id, other)| (*id, other.matched)).collect();
+                self.farewell = Some(Farewell { term, others, ticks: 0 });
                 raft.become_follower(term, raft::INVALID_ID);
             }
         }

@@ -150,7 +150,8 @@ impl World {
             }
             Fault::AddLearner => self.add_member(),
             Fault::Promote => self.promote(),
-            Fault::Remove { member } => self.remove(member),
+            Fault::Remove { member } => self.remove(member, 2),
+            Fault::Shrink { to } => self.shrink(to),
             Fault::Clock { member, ahead_ms } => {
                 self.members[member].clock_ms += ahead_ms;
                 true
@@ -230,8 +231,30 @@ impl World {
         false
     }
 
-    /// As the strict check has it: not if those who remain and are there are too few.
-    fn remove(&mut self, m: usize) -> bool {
+    /// The others leave one by one, whoever leads last.
+    pub fn shrink(&mut self, to: usize) -> bool {
+        let Some(members) = self.membership() else { return false };
+        let voters = members.iter().filter(|member| !member.is_learner).filter_map(|member| self.index_of(member.id));
+        let mut others: Vec<usize> = voters.collect();
+        if !others.contains(&to) || !self.is_up(to) {
+            return false;
+        }
+        others.retain(|m| *m != to);
+        others.sort_by_key(|m| self.is_up(*m) && self.process(*m).reading().is_leader);
+        let Some(next) = others.first() else {
+            self.mark("one voter is left");
+            return false;
+        };
+        let is_removed = self.remove(*next, 1);
+        if is_removed {
+            let soon = self.draw((10 * MS, 500 * MS));
+            self.after(soon, Event::Shrink(to));
+        }
+        is_removed
+    }
+
+    /// As the strict check has it: not if those who remain and are there are too few, and not if fewer than `least` remain.
+    fn remove(&mut self, m: usize, least: usize) -> bool {
         let Some(members) = self.membership() else { return false };
         let id = self.members[m].id;
         let voters = members.iter().filter(|member| !member.is_learner);
@@ -239,7 +262,7 @@ impl World {
         let there = others.iter().filter(|id| self.index_of(**id).is_some_and(|m| self.is_up(m))).count();
         // A cluster that is about to lose a member's data has none to give away.
         let is_whole = self.members.iter().all(|member| !member.may_refuse);
-        let may = is_whole && members.get(id).is_some() && others.len() >= 2 && there > others.len() / 2;
+        let may = is_whole && members.get(id).is_some() && others.len() >= least && there > others.len() / 2;
         if may {
             self.is_smaller = true;
             self.change(Change::Remove(id));

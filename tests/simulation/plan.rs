@@ -169,6 +169,10 @@ pub enum Fault {
     Remove {
         member: usize,
     },
+    /// All other voters leave, one after the other.
+    Shrink {
+        to: usize,
+    },
     /// The clock that seeds request ids is set.
     Clock {
         member: usize,
@@ -189,6 +193,7 @@ impl Fault {
             | Fault::FlipLog { member, .. }
             | Fault::LoseSyncs { member, .. }
             | Fault::Transfer { to: member }
+            | Fault::Shrink { to: member }
             | Fault::Stop { member, .. }
             | Fault::StoreError { member, .. }
             | Fault::Defragment { member }
@@ -388,7 +393,8 @@ fn fault(rng: &mut StdRng, kind: usize, members: usize, may_destroy: &mut bool) 
         11 => Fault::Defragment { member },
         12 if rng.random_bool(0.6) => Fault::AddLearner,
         12 => Fault::Promote,
-        13 => Fault::Remove { member },
+        13 if rng.random_bool(0.7) => Fault::Remove { member },
+        13 => Fault::Shrink { to: member },
         SLOW_APPLY => Fault::SlowApply { member, each: rng.random_range(10..600) * MS, for_ },
         16 => Fault::Stop { member },
         17 => Fault::StoreError { member, sync: rng.random_bool(0.3) },

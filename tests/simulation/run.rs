@@ -145,7 +145,7 @@ fn attempt(plan: &Plan, bug: Option<Bug>, verbose: bool) -> Result<Report, Failu
     IS_SIMULATED.set(false);
     sim::seed(None);
     let timeline = world.timeline.take().map(Vec::from).unwrap_or_default();
-    if let Err(panic) = done {
+    if let Err(panic) = &done {
         let text = panic.downcast_ref::<String>().cloned();
         let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default();
         return Err(Failure { text: format!("{text} ({})", PLACE.take()), timeline });
@@ -163,13 +163,17 @@ fn attempt(plan: &Plan, bug: Option<Bug>, verbose: bool) -> Result<Report, Failu
         entries: world.truth.executed,
         checks: world.truth.checked,
         watched: world.watchers.iter().map(|watcher| watcher.events).sum(),
-        least: Least(world.now, world.stats.calls, world.stats.faults),
+        least: match done {
+            Ok(true) => Least(world.now, world.stats.calls, world.stats.faults),
+            _ => Least::default(),
+        },
         marks,
         digest: world.digest(),
     })
 }
 
-fn live(world: &mut World) {
+/// False if it ended early.
+fn live(world: &mut World) -> bool {
     let until = world.plan.until;
     world.run(until, |_| false);
     // Faults are over.
@@ -185,13 +189,18 @@ fn live(world: &mut World) {
     world.run(world.now + 2 * SECOND, |_| false);
     let busy = |world: &World| world.stats.calls >= LEAST_CALLS;
     // Twice the time: some may talk to a member that nobody took in.
-    assert!(world.run(world.now + 2 * HEAL, busy), "clients do not get on: {}", world.describe());
+    if !reach(world, 2 * HEAL, busy, "clients do not get on") {
+        return false;
+    }
     let end = world.now + HEAL;
     world.is_closing = true;
-    assert!(world.run(end, World::is_idle), "calls do not end: {}", world.describe());
-    assert!(world.run(end, World::is_healed), "the cluster does not heal: {}", world.describe());
-    let late = world.now + REQUEST_TIMEOUT + SECOND;
-    assert!(world.run(late, World::has_answered), "calls are not answered: {}", world.describe());
+    let left = |world: &World| end.saturating_sub(world.now);
+    let is_quiet = reach(world, left(world), World::is_idle, "calls do not end")
+        && reach(world, left(world), World::is_healed, "the cluster does not heal")
+        && reach(world, REQUEST_TIMEOUT + SECOND, World::has_answered, "calls are not answered");
+    if !is_quiet {
+        return false;
+    }
     let leases = |world: &World| world.is_healed() && world.truth.model.leases.is_empty();
     assert!(world.run(world.now + LEASES, leases), "leases do not run out: {:?}", world.truth.model.leases);
     // With few spare entries in the leader's log a snapshot may bring a member the effect of its write without the result.
@@ -221,6 +230,18 @@ fn live(world: &mut World) {
     // A member that was replaced late may still have been on its way.
     assert!(world.is_healed(), "the cluster does not stay healed: {}", world.describe());
     world.finish();
+    true
+}
+
+/// Whether that comes to pass. If not, all is over for good where two became one and who stays never heard of it, and
+/// a failure else.
+fn reach(world: &mut World, within: u64, done: impl Fn(&World) -> bool, else_: &str) -> bool {
+    let is_done = world.run(world.now + within, done);
+    assert!(is_done || world.is_orphaned(), "{else_}: {}", world.describe());
+    if !is_done {
+        world.mark("who stays never heard that it is alone");
+    }
+    is_done
 }
 
 /// The plan with as few faults as still fail, and what happened last in that run.

@@ -86,6 +86,11 @@ pub struct Truth {
 }
 
 impl Truth {
+    /// Whether that member was removed, as far as anybody knows.
+    pub fn is_removed(&self, id: u64) -> bool {
+        self.members.last_key_value().is_some_and(|(_, members)| members.removed.contains(&id))
+    }
+
     pub fn new(min_ttl: i64) -> Self {
         Self {
             entries: BTreeMap::new(),

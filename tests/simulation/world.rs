@@ -79,6 +79,8 @@ pub enum Event {
     /// It has had time to hand over, and ends in order.
     Stopped(usize, u64),
     Replace(usize),
+    /// The next of a row of removals.
+    Shrink(usize),
 }
 
 /// What a client hears.
@@ -362,6 +364,11 @@ impl World {
                 self.members[m].lost = Some("removed".to_owned());
             }
             Event::Replace(m) => self.replace(m),
+            Event::Shrink(to) => {
+                if !self.is_calm {
+                    self.shrink(to);
+                }
+            }
         }
         if let Some(m) = concerned {
             self.pump(m);
@@ -767,6 +774,15 @@ impl World {
             let done = process.applied() == self.truth.executed && now.commit == self.truth.executed;
             done && now.leader != 0 && now.leader == leader && !process.apply.stepped.is_due()
         })
+    }
+
+    /// Who is up waits for members that were removed and have ended, and does not know it. So it is with etcd, where a
+    /// leader that removes itself stays for a second only.
+    pub fn is_orphaned(&self) -> bool {
+        let Some(members) = self.membership() else { return false };
+        let voters: Vec<u64> = members.iter().filter(|member| !member.is_learner).map(|member| member.id).collect();
+        let has_ended = |id: &u64| self.index_of(*id).is_some_and(|m| !self.is_up(m)) && self.truth.is_removed(*id);
+        2 * voters.iter().filter(|id| has_ended(id)).count() >= voters.len()
     }
 
     /// Who is where, for who asks why there is no healing.
