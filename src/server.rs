@@ -32,7 +32,7 @@ use crate::{
     config::{Config, GoDuration, Url},
     http::{
         front::Front,
-        listener,
+        listener::{self, Listener},
         runtime::{self, Limits, Runtimes, Serves},
     },
     lease::{self, Expirer},
@@ -108,8 +108,8 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
     let descriptors = Descriptors::of_this_process(rpc_runtimes())?;
     let store_options = fjall::Options { open_tables: descriptors.tables, ..fjall::Options::default() };
     // Before anything is written: a port that is taken must not leave data behind that a corrected start goes on from.
-    let peer_port = peer::Claims::new(&config.listen_peer_urls, config.socket_reuse_port).await?;
-    let client_ports = claim(config).await?;
+    let peer_port = peer::Bound::bind(&config.listen_peer_urls, config.socket_reuse_port).await?;
+    let client_ports = listen(config).await?;
     let opened = data::open(config, &store_options).await?;
     let ids = opened.ids;
     let restarted = opened.core.applied_index() > 0;
@@ -226,7 +226,7 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
         let endpoints = endpoints.clone();
         Box::pin(async move { endpoints.answer(request).await })
     });
-    let peer_port = peer_port.listen()?.serve(&peer_arbiter, &transport, &answer, descriptors.peers);
+    let peer_port = peer_port.serve(&peer_arbiter, &transport, &answer, descriptors.peers);
     for url in &config.listen_peer_urls {
         tracing::info!(address = %url, "serving peers");
     }
@@ -406,6 +406,14 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
         tasks.push(tokio::spawn(advance_ticks(server.clone(), config.election_ticks() as usize)));
     }
 
+    let limits = Limits { max_concurrent_streams: config.max_concurrent_streams, pings: config.server_pings() };
+    let front = Front::new(&config.cors, &config.host_whitelist);
+    let runtimes = Arc::new(Runtimes::start(&server, parts, &limits, front));
+    let (for_clients, for_metrics) = descriptors.for_clients_and_metrics(!config.listen_metrics_urls.is_empty());
+    let (metrics_ports, client_ports) = client_ports.into_iter().partition(|(_, serves, _)| *serves == Serves::Metrics);
+    // A member that cannot join its cluster is looked at, too.
+    let mut listeners = serve(metrics_ports, &runtimes, for_metrics);
+
     tokio::select! {
         done = publish(&server, config, own_runtime) => done?,
         // A member that was removed while it was down: nobody lets it take part, so it would wait for ever.
@@ -426,10 +434,7 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
     }
 
     // Clients come in only now (G-14).
-    let limits = Limits { max_concurrent_streams: config.max_concurrent_streams, pings: config.server_pings() };
-    let front = Front::new(&config.cors, &config.host_whitelist);
-    let runtimes = Arc::new(Runtimes::start(&server, parts, &limits, front));
-    let listeners = listen(client_ports, &runtimes, &descriptors, !config.listen_metrics_urls.is_empty())?;
+    listeners.extend(serve(client_ports, &runtimes, for_clients));
     tracing::info!(
         member_id = format!("{:x}", ids.member),
         cluster_id = format!("{:x}", ids.cluster),
@@ -525,9 +530,9 @@ async fn publish(server: &Arc<api::Server>, config: &Config, runtime: usize) -> 
 }
 
 /// An address for clients, and what is served there.
-type ClientPort<'a> = (listener::Claimed, Serves, &'a Url);
+type ClientPort<'a> = (Listener, Serves, &'a Url);
 
-async fn claim(config: &Config) -> anyhow::Result<Vec<ClientPort<'_>>> {
+async fn listen(config: &Config) -> anyhow::Result<Vec<ClientPort<'_>>> {
     let on_client_port = if config.listen_client_http_urls.is_empty() { Serves::GrpcAndHttp } else { Serves::Grpc };
     let groups = [
         (&config.listen_client_urls, on_client_port),
@@ -537,35 +542,21 @@ async fn claim(config: &Config) -> anyhow::Result<Vec<ClientPort<'_>>> {
     let mut ports = Vec::new();
     for (urls, serves) in groups {
         for url in urls {
-            let claimed = listener::claim(url, config.socket_reuse_port).await?;
-            ports.extend(claimed.into_iter().map(|claimed| (claimed, serves, url)));
+            let listeners = listener::listen(url, config.socket_reuse_port).await?;
+            ports.extend(listeners.into_iter().map(|listener| (listener, serves, url)));
         }
     }
     Ok(ports)
 }
 
-fn listen(
-    ports: Vec<ClientPort<'_>>,
-    runtimes: &Arc<Runtimes>,
-    descriptors: &Descriptors,
-    with_metrics: bool,
-) -> anyhow::Result<Vec<tokio::task::JoinHandle<()>>> {
-    let (clients, metrics) = descriptors.for_clients_and_metrics(with_metrics);
-    let places = |connections| Arc::new(tokio::sync::Semaphore::new(connections));
-    let (clients, metrics) = (places(clients), places(metrics));
-    let mut listeners = Vec::new();
-    // All listen before the first is served.
-    for (claimed, serves, url) in ports {
-        listeners.push((claimed.listen()?, serves, url));
-    }
-    Ok(listeners
-        .into_iter()
-        .map(|(listener, serves, url)| {
-            tracing::info!(address = %url, "serving clients");
-            let places = if serves == Serves::Metrics { &metrics } else { &clients };
-            tokio::spawn(listener::accept(listener, runtimes.clone(), serves, places.clone()))
-        })
-        .collect())
+/// Serves `ports`, with so many `connections` on all of them together.
+fn serve(ports: Vec<ClientPort<'_>>, runtimes: &Arc<Runtimes>, connections: usize) -> Vec<tokio::task::JoinHandle<()>> {
+    let places = Arc::new(tokio::sync::Semaphore::new(connections));
+    let serve = |(listener, serves, url): ClientPort<'_>| {
+        tracing::info!(address = %url, "serving clients");
+        tokio::spawn(listener::accept(listener, runtimes.clone(), serves, places.clone()))
+    };
+    ports.into_iter().map(serve).collect()
 }
 
 /// How long a member waits for what it told its cluster before it tells it again.

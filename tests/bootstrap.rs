@@ -352,6 +352,11 @@ fn a_port_that_is_taken_leaves_nothing_behind() {
     let client = format!("--listen-client-urls={}", url(taken));
     Starting::new(&data, "a", peer_port, &[&initial(peer_port), &client]).refused(&["cannot listen on"]);
     assert!(!data.exists());
+    // The member's own two ports are one.
+    let client = format!("--listen-client-urls={}", url(peer_port));
+    let taken = ["cannot listen on", "Address already in use"];
+    Starting::new(&data, "a", peer_port, &[&initial(peer_port), &client]).refused(&taken);
+    assert!(!data.exists());
     let mut member = Starting::new(&data, "a", peer_port, &[&initial(peer_port)]);
     member.wait_until_healthy();
     assert!(data.exists());
@@ -359,17 +364,38 @@ fn a_port_that_is_taken_leaves_nothing_behind() {
 
 /// Status of the answer to a post on the peer port.
 fn post(port: u16, path: &str, headers: &str, body: &[u8]) -> u16 {
-    use std::io::{Read, Write};
-    let mut socket = std::net::TcpStream::connect(("127.0.0.1", port)).expect("a connection");
-    socket.set_read_timeout(Some(PATIENCE)).expect("a socket");
     let length = body.len();
     let head =
         format!("POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {length}\r\n{headers}\r\n");
-    socket.write_all(head.as_bytes()).expect("writable");
-    socket.write_all(body).expect("writable");
+    ask(port, &[head.as_bytes(), body].concat(), PATIENCE).expect("an answer").0
+}
+
+/// Status and text of the answer to a request that closes its connection; `None` if there is none in time.
+fn ask(port: u16, request: &[u8], patience: Duration) -> Option<(u16, String)> {
+    use std::io::{Read, Write};
+    let mut socket = std::net::TcpStream::connect(("127.0.0.1", port)).expect("a connection");
+    socket.set_read_timeout(Some(patience)).expect("a socket");
+    socket.write_all(request).expect("writable");
     let mut answer = String::new();
-    socket.read_to_string(&mut answer).expect("an answer");
-    answer.split(' ').nth(1).and_then(|status| status.parse().ok()).expect("a status")
+    socket.read_to_string(&mut answer).ok()?;
+    let status = answer.split(' ').nth(1).and_then(|status| status.parse().ok()).expect("a status");
+    Some((status, answer))
+}
+
+#[test]
+fn a_member_that_waits_for_others_shows_its_metrics() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let [peer_port, other, metrics] = common::free_ports();
+    let initial = format!("--initial-cluster=a={},b={}", url(peer_port), url(other));
+    let at = format!("--listen-metrics-urls={}", url(metrics));
+    let mut member = Starting::new(&folder.path().join("a"), "a", peer_port, &[&initial, &at]);
+    member.wait_for("metrics", || common::http_get(metrics, "/metrics").is_some());
+    let get = |path: &str| format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").into_bytes();
+    let (status, health) = ask(metrics, &get("/health"), PATIENCE).expect("an answer");
+    assert!(status == 503 && health.contains("RAFT NO LEADER"), "{health}");
+    assert_eq!(ask(metrics, &get("/livez"), PATIENCE).expect("an answer").0, 200);
+    // The port is this member's, and clients wait.
+    assert_eq!(ask(member.client_port, &get("/health"), Duration::from_millis(200)), None);
 }
 
 #[test]

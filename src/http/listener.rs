@@ -26,32 +26,13 @@ const KEEP_ALIVE: Duration = Duration::from_secs(30);
 /// After an accept that failed.
 const RETRY: Duration = Duration::from_millis(10);
 
-/// An address that is this process's. Until it listens, connections are refused as if nobody were there.
-pub enum Claimed {
-    Tcp(Socket, Url),
-    Unix(UnixListener),
-}
-
-impl Claimed {
-    pub fn listen(self) -> io::Result<Listener> {
-        let listen = |socket: Socket| {
-            socket.listen(BACKLOG)?;
-            TcpListener::from_std(socket.into())
-        };
-        match self {
-            Claimed::Tcp(socket, url) => listen(socket).map(Listener::Tcp).map_err(|e| failed(&url, e)),
-            // Its file is there from the beginning, and so it listens.
-            Claimed::Unix(listener) => Ok(Listener::Unix(listener)),
-        }
-    }
-}
-
 fn failed(url: &Url, e: io::Error) -> io::Error {
     io::Error::new(e.kind(), format!("cannot listen on {}: {e}", url.as_str()))
 }
 
-/// Claims every address of `url`.
-pub async fn claim(url: &Url, reuse_port: bool) -> io::Result<Vec<Claimed>> {
+/// Listens on every address of `url`: from now on nobody else can. Connections wait in the kernel's queue until somebody
+/// accepts them.
+pub async fn listen(url: &Url, reuse_port: bool) -> io::Result<Vec<Listener>> {
     let fail = |e| failed(url, e);
     if url.is_socket() {
         let path = url.socket_path();
@@ -59,27 +40,27 @@ pub async fn claim(url: &Url, reuse_port: bool) -> io::Result<Vec<Claimed>> {
         if std::os::unix::net::UnixStream::connect(&path).is_err() {
             let _ = std::fs::remove_file(&path);
         }
-        return Ok(vec![Claimed::Unix(UnixListener::bind(&path).map_err(fail)?)]);
+        return Ok(vec![Listener::Unix(UnixListener::bind(&path).map_err(fail)?)]);
     }
-    let mut claimed = Vec::new();
+    let mut listeners = Vec::new();
     let mut last = None;
     for address in tokio::net::lookup_host(url.authority()).await.map_err(fail)? {
-        match claim_tcp(address, reuse_port) {
-            Ok(socket) => claimed.push(Claimed::Tcp(socket, url.clone())),
+        match listen_tcp(address, reuse_port) {
+            Ok(listener) => listeners.push(Listener::Tcp(listener)),
             Err(e) => last = Some(e),
         }
         // One address, as Go's listener: the first that works, IPv4 first for a name.
-        if address.is_ipv4() && !claimed.is_empty() {
+        if address.is_ipv4() && !listeners.is_empty() {
             break;
         }
     }
     match last {
-        Some(e) if claimed.is_empty() => Err(fail(e)),
-        _ => Ok(claimed),
+        Some(e) if listeners.is_empty() => Err(fail(e)),
+        _ => Ok(listeners),
     }
 }
 
-fn claim_tcp(address: SocketAddr, reuse_port: bool) -> io::Result<Socket> {
+fn listen_tcp(address: SocketAddr, reuse_port: bool) -> io::Result<TcpListener> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
     // As Go does, whatever --socket-reuse-address says: a port whose old connections linger can be taken again.
     socket.set_reuse_address(true)?;
@@ -91,7 +72,8 @@ fn claim_tcp(address: SocketAddr, reuse_port: bool) -> io::Result<Socket> {
     }
     socket.set_nonblocking(true)?;
     socket.bind(&address.into())?;
-    Ok(socket)
+    socket.listen(BACKLOG)?;
+    TcpListener::from_std(socket.into())
 }
 
 /// A client that vanished is noticed although nothing is sent to it. Best effort.

@@ -32,7 +32,7 @@ use crate::{
     http::{
         HEAD_BYTES_MAX, HEADERS_MAX,
         front::{refusal, tidied},
-        listener::{Claimed, Listener, claim},
+        listener::{Listener, listen},
     },
     telemetry::logs::Seldom,
 };
@@ -40,7 +40,7 @@ use crate::{
 /// Answers what is not under `/raft`.
 pub type Handler = Arc<dyn Fn(Request<body::Incoming>) -> BoxFuture<'static, Response<Full<Bytes>>> + Send + Sync>;
 
-/// Bound addresses that nobody serves yet.
+/// Addresses that are this process's. Connections wait until they are served.
 pub struct Bound(Vec<Socket>);
 
 enum Socket {
@@ -53,38 +53,23 @@ pub struct Listening {
     _stop: tokio::sync::watch::Sender<()>,
 }
 
-/// Addresses that are this process's, and refuse connections yet.
-pub struct Claims(Vec<Claimed>);
-
-impl Claims {
-    /// Claims every URL.
-    pub async fn new(urls: &[Url], reuse_port: bool) -> io::Result<Self> {
-        let mut claims = Vec::new();
+impl Bound {
+    /// Listens on every URL.
+    pub async fn bind(urls: &[Url], reuse_port: bool) -> io::Result<Self> {
+        let mut sockets = Vec::new();
         for url in urls {
             if url.is_secure() {
                 let text = format!("cannot listen for peers on {}: TLS is not implemented", url.as_str());
                 return Err(io::Error::new(io::ErrorKind::Unsupported, text));
             }
-            claims.extend(claim(url, reuse_port).await?);
+            for listener in listen(url, reuse_port).await? {
+                sockets.push(match listener {
+                    Listener::Tcp(l) => Socket::Tcp(l.into_std()?),
+                    Listener::Unix(l) => Socket::Unix(l.into_std()?),
+                });
+            }
         }
-        Ok(Self(claims))
-    }
-
-    pub fn listen(self) -> io::Result<Bound> {
-        let listen = |claimed: Claimed| {
-            Ok(match claimed.listen()? {
-                Listener::Tcp(l) => Socket::Tcp(l.into_std()?),
-                Listener::Unix(l) => Socket::Unix(l.into_std()?),
-            })
-        };
-        self.0.into_iter().map(listen).collect::<io::Result<_>>().map(Bound)
-    }
-}
-
-impl Bound {
-    /// Binds every URL.
-    pub async fn bind(urls: &[Url], reuse_port: bool) -> io::Result<Self> {
-        Claims::new(urls, reuse_port).await?.listen()
+        Ok(Self(sockets))
     }
 
     /// TCP addresses as bound.

@@ -27,7 +27,7 @@ pub mod transport;
 mod wire;
 
 pub use accept::Body;
-pub use listener::{Bound, Claims, Handler, Listening};
+pub use listener::{Bound, Handler, Listening};
 pub use transport::{Transport, Wiring};
 
 use std::time::Instant;
