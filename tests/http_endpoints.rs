@@ -62,7 +62,7 @@ fn healthy_member_says_so_in_etcds_words() {
     assert!(headers.contains("content-type: text/plain; charset=utf-8"));
     let (_, headers, body) = ask(&server, "GET", "/version");
     assert_eq!(body, r#"{"etcdserver":"3.7.1","etcdcluster":"3.7.0","storage":"3.7.0"}"#);
-    assert!(headers.contains("content-type: application/json"));
+    assert!(headers.contains("content-type: application/json") && headers.contains("\r\ndate: "), "{headers}");
     assert_eq!(ask(&server, "GET", "/livez").2, "ok\n");
     assert_eq!(ask(&server, "GET", "/readyz/non_learner").2, "ok\n");
     let verbose = ask(&server, "GET", "/readyz?verbose").2;
