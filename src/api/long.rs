@@ -15,11 +15,13 @@
 
 use std::{
     convert::Infallible,
+    io::Write,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
 use bytes::{BufMut, Bytes, BytesMut};
+use flate2::{Compression, write::GzEncoder};
 use futures_util::stream;
 use http::HeaderMap;
 use http_body::Frame;
@@ -118,6 +120,17 @@ fn encoded<M: Message>(message: &M) -> Result<BytesMut, Status> {
     let mut bytes = message_head(length as u64, length)?;
     message.encode(&mut bytes).expect("a buffer with room");
     Ok(bytes)
+}
+
+/// An encoded message as gzip.
+fn compressed(message: &[u8]) -> BytesMut {
+    let mut gzip = GzEncoder::new(BytesMut::zeroed(MESSAGE_HEAD_BYTES).writer(), Compression::default());
+    let packed = gzip.write_all(&message[MESSAGE_HEAD_BYTES..]).and_then(|()| gzip.finish());
+    let mut packed = packed.expect("memory takes all").into_inner();
+    let length = packed.len() - MESSAGE_HEAD_BYTES;
+    packed[0] = 1;
+    packed[1..MESSAGE_HEAD_BYTES].copy_from_slice(&(length as u32).to_be_bytes());
+    packed
 }
 
 /// Reads an answer in one go, after it has waited for the memory that it takes until it is sent. What else `read` found
@@ -341,11 +354,13 @@ impl InOneMessage {
 /// What stands for a stream of messages until its answer gets its body.
 pub type Replaced<T> = tokio_stream::Empty<Result<T, Status>>;
 
-/// The messages of a `RangeStream`.
+/// The messages of a `RangeStream`. If they are to be compressed, those are that are no work for the thread of the
+/// connection.
 pub fn parts(
     server: &Arc<Server>,
     view: &View,
     req: &RangeRequest,
+    is_compressed: bool,
 ) -> Result<Response<Replaced<RangeStreamResponse>>, mvcc::Error> {
     let cursor = RangeCursor::new(&view.kv, &*server.storage, req)?;
     let header = server.header_of(view);
@@ -356,8 +371,10 @@ pub fn parts(
         }
         let (part, room) = reading.next(keys).await?;
         let keys = keys_after(keys, part.encoded_len(), reading.server.settings.max_request_bytes);
-        let part = room.hold(encoded(&part_message(part, &reading, header))?);
-        Ok(Some((part, (reading, keys))))
+        let message = encoded(&part_message(part, &reading, header))?;
+        let is_short = message.len() - MESSAGE_HEAD_BYTES <= SHORT.bytes;
+        let message = if is_compressed && is_short { compressed(&message) } else { message };
+        Ok(Some((room.hold(message), (reading, keys))))
     });
     Ok(answer_of(tokio_stream::empty(), parts))
 }
