@@ -97,7 +97,7 @@ impl Endpoints {
                 Ok(body) => self.hash_kv(&head.headers, &body).await,
                 Err(refusal) => *refusal,
             },
-            path if path.starts_with(PROMOTE) => self.promote(&path[PROMOTE.len()..]).await,
+            path if path.starts_with(PROMOTE) => self.promote(&path[PROMOTE.len()..].replace("%2F", "/")).await,
             path => match read_body(body).await {
                 Ok(body) if path == "/leases" => self.renew(body).await,
                 Ok(body) => self.time_to_live(body).await,
