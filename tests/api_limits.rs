@@ -38,6 +38,30 @@ async fn raw_call(server: &Server, path: &'static str, message: &'static [u8]) -
     grpc.unary(request, path, RawCodec).await.map(tonic::Response::into_inner)
 }
 
+/// The head of an answer to a message that is not compressed, whatever its encoding would be, and the answer's data.
+async fn data_of(
+    server: &Server,
+    path: &str,
+    encoding: &str,
+    message: &impl prost::Message,
+) -> (http::HeaderMap, Vec<u8>) {
+    let message = message.encode_to_vec();
+    let data = [[0].as_slice(), &(message.len() as u32).to_be_bytes(), &message].concat();
+    let request = http::Request::post(format!("{}{path}", server.endpoint()))
+        .header("content-type", "application/grpc")
+        .header("te", "trailers")
+        .header("grpc-encoding", encoding)
+        .body(tonic::body::Body::new(http_body_util::Full::new(Bytes::from(data))))
+        .expect("a request");
+    let mut channel = channel(server).await;
+    std::future::poll_fn(|cx| tower_service::Service::<http::Request<_>>::poll_ready(&mut channel, cx))
+        .await
+        .expect("ready");
+    let (head, body) = tower_service::Service::call(&mut channel, request).await.expect("an answer").into_parts();
+    let data = http_body_util::BodyExt::collect(body).await.expect("data").to_bytes();
+    (head.headers, data.to_vec())
+}
+
 fn put(bytes: usize) -> PutRequest {
     PutRequest { key: "k".into(), value: vec![b'x'; bytes].into(), ..Default::default() }
 }
@@ -85,7 +109,10 @@ fn malformed_messages_and_unknown_paths_get_grpcs_texts() {
     runtime().block_on(async {
         let status = raw_call(&server, "/etcdserverpb.KV/Put", b"\x0a\xff").await.expect_err("cut short");
         assert_eq!(status.code(), Code::Internal);
-        assert!(status.message().starts_with("grpc: error unmarshalling request: "), "{}", status.message());
+        assert_eq!(status.message(), "grpc: error unmarshalling request: proto: cannot parse invalid wire-format data");
+        let status = raw_call(&server, "/etcdserverpb.Cluster/MemberAdd", b"\x0a\x01\xff").await.expect_err("no text");
+        let text = "grpc: error unmarshalling request: string field contains invalid UTF-8";
+        assert_eq!((status.code(), status.message()), (Code::Internal, text));
 
         let status = raw_call(&server, "/etcdserverpb.Nothing/Put", b"").await.expect_err("no such service");
         assert_eq!((status.code(), status.message()), (Code::Unimplemented, "unknown service etcdserverpb.Nothing"));
@@ -346,14 +373,18 @@ fn calls_for_one_request_refuse_none_and_many() {
         let get: &[u8] = b"\x0a\x01k";
         assert_eq!(said("/etcdserverpb.KV/Range", &[]).await, "Unknown: EOF");
         assert_eq!(said("/etcdserverpb.KV/Range", &[get, get]).await, "fine");
+        let bad = "Internal: grpc: failed to unmarshal the received message: \
+                   proto: cannot parse invalid wire-format data";
+        for path in ["/etcdserverpb.Lease/LeaseKeepAlive", "/etcdserverpb.Watch/Watch"] {
+            assert_eq!(said(path, &[b"\xff\xff"]).await, bad, "{path}");
+        }
         for path in ["/etcdserverpb.KV/RangeStream", "/etcdserverpb.Maintenance/Snapshot"] {
             let none = "Internal: cardinality violation: received no request message from non-client-streaming RPC";
             assert_eq!(said(path, &[]).await, none, "{path}");
             let many =
                 "Internal: cardinality violation: received multiple request messages for non-client-streaming RPC";
             assert_eq!(said(path, &[get, get]).await, many, "{path}");
-            let bad = said(path, &[b"\xff\xff"]).await;
-            assert!(bad.starts_with("Internal: grpc: failed to unmarshal the received message: "), "{path}: {bad}");
+            assert_eq!(said(path, &[b"\xff\xff"]).await, bad, "{path}");
         }
         assert_eq!(said("/etcdserverpb.KV/RangeStream", &[get]).await, "fine");
     });
@@ -377,7 +408,16 @@ fn compressed_requests_are_taken_and_answered_alike() {
         let answer = plain.clone().accept_compressed(Gzip).range(get.clone()).await.expect("an answer");
         assert_eq!(encoding(&answer), None);
         let mut parts = compressed.range_stream(get.clone()).await.expect("a stream").into_inner();
-        assert!(parts.message().await.expect("a part").is_some());
+        let part = parts.message().await.expect("a part").expect("a part").range_response.expect("an answer");
+        assert_eq!(part.kvs[0].decode_record().expect("a record").value.len(), 5_000);
+        for path in ["/etcdserverpb.KV/Range", "/etcdserverpb.KV/RangeStream"] {
+            for (encoding, flag) in [("gzip", 1), ("identity", 0)] {
+                let (headers, data) = data_of(&server, path, encoding, &get).await;
+                assert_eq!((data[0], data.len() < 5_000), (flag, flag == 1), "{path} {encoding}");
+                // HTTP alone says it.
+                assert_eq!(headers.get("date"), None, "{path}");
+            }
+        }
 
         // G-11 holds for what comes out.
         let status = compressed.put(put(2_200_000)).await.expect_err("larger than any message");

@@ -62,7 +62,7 @@ fn healthy_member_says_so_in_etcds_words() {
     assert!(headers.contains("content-type: text/plain; charset=utf-8"));
     let (_, headers, body) = ask(&server, "GET", "/version");
     assert_eq!(body, r#"{"etcdserver":"3.7.1","etcdcluster":"3.7.0","storage":"3.7.0"}"#);
-    assert!(headers.contains("content-type: application/json"));
+    assert!(headers.contains("content-type: application/json") && headers.contains("\r\ndate: "), "{headers}");
     assert_eq!(ask(&server, "GET", "/livez").2, "ok\n");
     assert_eq!(ask(&server, "GET", "/readyz/non_learner").2, "ok\n");
     let verbose = ask(&server, "GET", "/readyz?verbose").2;
@@ -153,12 +153,17 @@ fn untidy_paths_are_sent_to_tidy_ones() {
         ("/health/..", "/"),
         ("/../", "/"),
         ("/v3", "/v3/"),
+        ("//v3?x", "/v3/?x"),
+        ("/%763?", "/v3/"),
+        ("//version?", "/version"),
+        ("//a%20b?q='", "/a%2520b?q='"),
     ];
     for (path, to) in cases {
         let (status, headers, body) = ask(&server, "GET", path);
         assert_eq!(status, "307 Temporary Redirect", "{path}");
         assert!(headers.lines().any(|line| line == format!("location: {to}")), "{path}: {headers}");
-        assert_eq!(body, format!("<a href=\"{}\">Temporary Redirect</a>.\n\n", to.replace('&', "&amp;")), "{path}");
+        let shown = to.replace('&', "&amp;").replace('\'', "&#39;");
+        assert_eq!(body, format!("<a href=\"{shown}\">Temporary Redirect</a>.\n\n"), "{path}");
     }
     let (status, headers, body) = ask(&server, "POST", "//health");
     assert_eq!((status.as_str(), body.as_str()), ("307 Temporary Redirect", ""));
@@ -167,6 +172,42 @@ fn untidy_paths_are_sent_to_tidy_ones() {
         assert!(ask(&server, "POST", path).0.starts_with("404"), "{path}");
     }
     assert!(ask(&server, "POST", "/readyz/non_learner").0.starts_with("405"));
+}
+
+#[test]
+fn escapes_in_paths_are_read_and_connect_finds_no_other_path() {
+    let server = start();
+    let status = |port, line: &str| {
+        let answer = raw(port, &format!("{line} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"));
+        answer.split(' ').nth(1).expect("a status").to_owned()
+    };
+    let (client, peer) = (server.client_port, server.peer_port);
+    let cases = [
+        (client, "GET /%76ersion", "200"),
+        (client, "GET /he%61lth", "200"),
+        (client, "GET /livez/serializable%5Fread", "200"),
+        (client, "GET /version%2F", "404"),
+        (client, "GET /livez%2Fx", "404"),
+        (client, "CONNECT foo:80", "404"),
+        (client, "CONNECT //version", "404"),
+        (client, "CONNECT /%76ersion", "405"),
+        (client, "CONNECT /v3", "307"),
+        (client, "GET /a%zz", "400"),
+        (client, "GET *", "400"),
+        (client, "GET foo", "400"),
+        (peer, "GET /%76ersion", "200"),
+        (peer, "GET /%6dembers", "200"),
+        (peer, "GET /members%2Fhashkv", "404"),
+        (peer, "GET /members/hash%6bv", "400"),
+        (peer, "GET /members/promote/%31", "405"),
+        (peer, "GET /raft/strea%6d", "307"),
+        (peer, "CONNECT foo:80", "404"),
+        (peer, "GET //a%zz", "400"),
+        (peer, "GET //a%20b", "307"),
+    ];
+    for (port, line, expected) in cases {
+        assert_eq!(status(port, line), expected, "{line}");
+    }
 }
 
 #[test]

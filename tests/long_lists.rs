@@ -332,3 +332,26 @@ async fn whole_answers_that_nobody_takes_are_bounded_and_make_room() {
     assert!(grown < MAY_GROW_MIB, "grew by {grown} MiB");
     until("room is given back", || used(&server) == 0).await;
 }
+
+#[tokio::test]
+async fn whole_answers_that_are_given_up_stay_within_the_memory_of_all() {
+    const MIB: u64 = 80;
+    const KEYS: usize = (MIB as usize) << 4;
+    let server = start();
+    let mut client = Client::connect(&server).await;
+    fill(&mut client, KEYS, 64 << 10).await;
+    let before = memory(&server, "VmRSS");
+    let channel = channel(&server).await;
+    for n in 0..100 {
+        // Giving up resets the stream, in the middle of the read.
+        let patience = Duration::from_millis(2 + n % 7);
+        let _ = tokio::time::timeout(patience, begin(channel.clone(), &by_key_descending())).await;
+    }
+    let sorted = tokio::time::timeout(SOON, whole(channel, &by_key_descending())).await;
+    assert_eq!(sorted.expect("in time").expect("an answer").kvs.len(), KEYS);
+    let grown = memory(&server, "VmHWM").saturating_sub(before) >> 10;
+    // One at a time, its records and their encoding.
+    assert!(grown < 2 * MIB + 100, "grew by {grown} MiB");
+    let used = || gate(&server, "answers_whole", "actd_gate_bytes_used");
+    until("room is given back", || used() == 0).await;
+}

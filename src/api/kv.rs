@@ -4,7 +4,7 @@ use std::{sync::Arc, sync::atomic::Ordering, time::Instant};
 
 use tonic::{Request, Response, Status};
 
-use super::{Handle, Server, long, validate};
+use super::{Handle, Server, long, routes::ENCODING, validate};
 use crate::{
     apply::{self, View},
     mvcc::{self, range, store::Tally, txn},
@@ -72,11 +72,12 @@ impl Kv for Handle {
     type RangeStreamStream = long::Replaced<RangeStreamResponse>;
 
     async fn range_stream(&self, request: Request<RangeRequest>) -> Result<Response<Self::RangeStreamStream>, Status> {
+        let is_compressed = request.metadata().get(ENCODING).is_some_and(|encoding| encoding == "gzip");
         let req = request.into_inner();
         validate::range(&req)?;
         validate::range_stream(&req)?;
         let view = self.view_for(req.serializable).await?;
-        Ok(long::parts(&self.server, &view, &req)?)
+        Ok(long::parts(&self.server, &view, &req, is_compressed)?)
     }
 
     async fn put(&self, request: Request<PutRequest>) -> Result<Response<PutResponse>, Status> {

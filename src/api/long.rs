@@ -8,18 +8,20 @@
 //!   a permit: nobody waits for room. All pieces: 64 MiB, and two small ones for each long answer that is not taken
 //!   (or two rows, where one is larger), less than its client could keep waiting by asking for short answers.
 //! * A whole answer waits for its room in `answers_whole` (64 MiB; a larger one goes alone), a request's time at most. It
-//!   stands outside of HTTP/2, which gets copies of 64 KiB of it. One of which nothing was taken for a second is cut
-//!   off when another waits for its room.
+//!   stands outside of HTTP/2, which gets copies of 64 KiB of it. One that is taken too slowly is cut off when another
+//!   waits for its room.
 //!
-//! Permits live as long as the bytes they are for: inside of them.
+//! Permits live as long as the bytes they are for: inside of them, and with whoever makes them.
 
 use std::{
     convert::Infallible,
+    io::Write,
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bytes::{BufMut, Bytes, BytesMut};
+use flate2::{Compression, write::GzEncoder};
 use futures_util::stream;
 use http::HeaderMap;
 use http_body::Frame;
@@ -47,8 +49,10 @@ const PIECE_BYTES: usize = 1 << 20;
 const SMALL_PIECE_BYTES: usize = 32 << 10;
 /// What HTTP/2 gets of a whole answer at once.
 const SLICE_BYTES: usize = 64 << 10;
-/// A whole answer of which nothing was taken for so long makes room for one that waits.
+/// A whole answer makes room for one that waits when nothing of it was taken for so long, or when less was taken since it
+/// began, but for this time at first, than so much in each second.
 const TAKEN_WITHIN: Duration = Duration::from_secs(1);
+const TAKEN_A_SECOND: usize = 1 << 20;
 /// The largest message etcd's gRPC library sends.
 const MESSAGE_BYTES_MAX: u64 = i32::MAX as u64;
 /// A gRPC message begins with a flag and its length in 4 bytes.
@@ -118,6 +122,17 @@ fn encoded<M: Message>(message: &M) -> Result<BytesMut, Status> {
     Ok(bytes)
 }
 
+/// An encoded message as gzip.
+fn compressed(message: &[u8]) -> BytesMut {
+    let mut gzip = GzEncoder::new(BytesMut::zeroed(MESSAGE_HEAD_BYTES).writer(), Compression::default());
+    let packed = gzip.write_all(&message[MESSAGE_HEAD_BYTES..]).and_then(|()| gzip.finish());
+    let mut packed = packed.expect("memory takes all").into_inner();
+    let length = packed.len() - MESSAGE_HEAD_BYTES;
+    packed[0] = 1;
+    packed[1..MESSAGE_HEAD_BYTES].copy_from_slice(&(length as u32).to_be_bytes());
+    packed
+}
+
 /// Reads an answer in one go, after it has waited for the memory that it takes until it is sent. What else `read` found
 /// comes back with it.
 pub async fn whole<T: Message + Default + 'static, X: Send + 'static>(
@@ -139,30 +154,59 @@ pub async fn whole<T: Message + Default + 'static, X: Send + 'static>(
     let reader = server.clone();
     let read = move || {
         let (_, (answer, found)) = reader.read(view, read)?;
-        Ok::<_, Status>((encoded(&answer)?.freeze(), found))
+        Ok((encoded(&answer)?.freeze(), found))
     };
-    let (message, found) = on_reader(read).await??;
+    let ((message, found), permit) = in_room(permit, read).await?;
     let (slices, taken) = mpsc::channel(1);
     tokio::spawn(hand_out(message, permit, server.answers_whole.clone(), slices));
     Ok((answer_of(T::default(), ReceiverStream::new(taken)), found))
 }
 
-/// Gives a message away as it is taken, unless its client is gone, or takes nothing while others wait at `gate`.
+/// Makes something on a reader thread. Its room stays taken until it is made or given up, whether or not anybody still
+/// waits for it: a thread cannot be called off. What nobody waits for any more is not begun.
+async fn in_room<T: Send + 'static>(
+    permit: Permit,
+    make: impl FnOnce() -> Result<T, Status> + Send + 'static,
+) -> Result<(T, Permit), Status> {
+    let waiting = Arc::new(());
+    let waits = Arc::downgrade(&waiting);
+    let made = on_reader(move || {
+        if waits.strong_count() == 0 {
+            return Err(Status::cancelled("nobody waits for it"));
+        }
+        Ok((make()?, permit))
+    });
+    let made = made.await?;
+    drop(waiting);
+    made
+}
+
+/// Whether so few bytes of an answer were `taken` that it makes room for others.
+fn is_slow(taken: usize, since: Duration) -> bool {
+    (taken as f64) < since.saturating_sub(TAKEN_WITHIN).as_secs_f64() * TAKEN_A_SECOND as f64
+}
+
+/// Gives a message away as it is taken, unless its client is gone, or is slow while others wait at `gate`.
 async fn hand_out(message: Bytes, permit: Permit, gate: Gate, slices: mpsc::Sender<Result<Bytes, Status>>) {
+    let (began, mut taken) = (Instant::now(), 0);
     for slice in message.chunks(SLICE_BYTES) {
         let place = loop {
-            match tokio::time::timeout(TAKEN_WITHIN, slices.reserve()).await {
-                Ok(Ok(place)) => break place,
+            let place = match tokio::time::timeout(TAKEN_WITHIN, slices.reserve()).await {
+                Ok(Ok(place)) => Some(place),
                 Ok(Err(_)) => return,
-                Err(_) if gate.waiting() > 0 => {
-                    drop((message, permit));
-                    let text = "etcdserver: the answer was not taken while others waited for its memory";
-                    let _ = slices.send(Err(Status::unavailable(text))).await;
-                    return;
-                }
-                Err(_) => {}
+                Err(_) => None,
+            };
+            if gate.waiting() > 0 && (place.is_none() || is_slow(taken, began.elapsed())) {
+                drop((message, permit, place));
+                let text = "etcdserver: the answer was taken too slowly while others waited for its memory";
+                let _ = slices.send(Err(Status::unavailable(text))).await;
+                return;
+            }
+            if let Some(place) = place {
+                break place;
             }
         };
+        taken += slice.len();
         // A part of the message itself would keep all of it.
         place.send(Ok(Bytes::copy_from_slice(slice)));
     }
@@ -310,11 +354,13 @@ impl InOneMessage {
 /// What stands for a stream of messages until its answer gets its body.
 pub type Replaced<T> = tokio_stream::Empty<Result<T, Status>>;
 
-/// The messages of a `RangeStream`.
+/// The messages of a `RangeStream`. If they are to be compressed, those are that are no work for the thread of the
+/// connection.
 pub fn parts(
     server: &Arc<Server>,
     view: &View,
     req: &RangeRequest,
+    is_compressed: bool,
 ) -> Result<Response<Replaced<RangeStreamResponse>>, mvcc::Error> {
     let cursor = RangeCursor::new(&view.kv, &*server.storage, req)?;
     let header = server.header_of(view);
@@ -325,8 +371,10 @@ pub fn parts(
         }
         let (part, room) = reading.next(keys).await?;
         let keys = keys_after(keys, part.encoded_len(), reading.server.settings.max_request_bytes);
-        let part = room.hold(encoded(&part_message(part, &reading, header))?);
-        Ok(Some((part, (reading, keys))))
+        let message = encoded(&part_message(part, &reading, header))?;
+        let is_short = message.len() - MESSAGE_HEAD_BYTES <= SHORT.bytes;
+        let message = if is_compressed && is_short { compressed(&message) } else { message };
+        Ok(Some((room.hold(message), (reading, keys))))
     });
     Ok(answer_of(tokio_stream::empty(), parts))
 }
@@ -346,5 +394,96 @@ fn keys_after(keys: usize, bytes: usize, target: usize) -> usize {
         (keys / 2).max(1)
     } else {
         keys
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::oneshot;
+
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(30);
+
+    /// One reader thread, so that what is read next can be held up.
+    fn runtime() -> tokio::runtime::Runtime {
+        tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(1).build().unwrap()
+    }
+
+    #[test]
+    fn room_stays_taken_while_a_read_goes_on_that_nobody_waits_for() {
+        runtime().block_on(async {
+            let gate = Gate::new("test", 2, 10);
+            let (go_on, held_up) = std::sync::mpsc::channel::<()>();
+            let (begins, begun) = oneshot::channel();
+            let made = in_room(gate.enter(10).await, move || {
+                begins.send(()).unwrap();
+                let _ = held_up.recv();
+                Ok(())
+            });
+            // Its caller goes when it has begun.
+            tokio::select! {
+                _ = made => panic!("it is held up"),
+                begun = begun => begun.unwrap(),
+            }
+            assert_eq!(gate.usage_bytes(), (10, 10));
+            drop(go_on);
+            tokio::time::timeout(PATIENCE, gate.enter(10)).await.expect("room, when it has ended");
+        });
+    }
+
+    #[test]
+    fn what_nobody_waits_for_is_not_read() {
+        runtime().block_on(async {
+            let gate = Gate::new("test", 2, 10);
+            let (go_on, held_up) = std::sync::mpsc::channel::<()>();
+            let busy = tokio::task::spawn_blocking(move || _ = held_up.recv());
+            let (reads, read) = oneshot::channel();
+            let made = in_room(gate.enter(10).await, || reads.send(()).map_err(|()| unreachable!("it is listened to")));
+            assert!(tokio::time::timeout(Duration::ZERO, made).await.is_err(), "the thread is busy");
+            assert_eq!(gate.usage_bytes(), (10, 10));
+            drop(go_on);
+            busy.await.unwrap();
+            assert!(read.await.is_err(), "read for nobody");
+            tokio::time::timeout(PATIENCE, gate.enter(10)).await.expect("room, when the thread has seen it");
+        });
+    }
+
+    #[test]
+    fn an_answer_is_slow_below_a_mebibyte_a_second_after_the_first() {
+        let is_slow = |taken, ms| is_slow(taken, Duration::from_millis(ms));
+        assert!(!is_slow(0, 1_000) && is_slow(0, 1_001));
+        assert!(!is_slow(1 << 20, 2_000) && is_slow((1 << 20) - 1, 2_000) && is_slow(1 << 20, 2_001));
+        // One slice each 0.9 s.
+        assert!(!is_slow(64 << 10, 900) && is_slow(128 << 10, 1_800) && is_slow(128 << 10, 3_600));
+        assert!(!is_slow(60 << 20, 61_000) && is_slow(60 << 20, 61_001));
+    }
+
+    #[test]
+    fn who_takes_little_by_little_keeps_the_room_until_another_waits() {
+        runtime().block_on(async {
+            const SLICES: usize = 200;
+            let gate = Gate::new("test", 2, 10);
+            let permit = gate.enter(10).await;
+            let (slices, mut taken) = mpsc::channel(1);
+            let message = Bytes::from(vec![0; SLICES * SLICE_BYTES]);
+            tokio::spawn(hand_out(message, permit, gate.clone(), slices));
+            let slow = async {
+                let mut ends_well = 0;
+                while let Some(slice) = taken.recv().await {
+                    match slice {
+                        Ok(_) => ends_well += 1,
+                        Err(status) => return (ends_well, status),
+                    }
+                    tokio::time::sleep(Duration::from_millis(200)).await;
+                }
+                panic!("the whole answer was handed out");
+            };
+            let begun = Instant::now();
+            let (room, (slices, status)) = tokio::join!(tokio::time::timeout(PATIENCE, gate.enter(10)), slow);
+            room.expect("the slow one makes room");
+            assert!(begun.elapsed() > TAKEN_WITHIN && slices < SLICES / 2, "{slices} slices");
+            assert_eq!(status.code(), tonic::Code::Unavailable);
+        });
     }
 }

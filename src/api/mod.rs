@@ -62,9 +62,9 @@ pub struct Settings {
     pub election_timeout: Duration,
     /// Requests that take longer are worth a line in the log.
     pub slow_request: Duration,
-    /// Whether `/debug/pprof/` is there.
     /// Keepalives of known leases do not wait for an applier that is late.
     pub fast_lease_keep_alive: bool,
+    /// Whether `/debug/pprof/` is there.
     pub profiles: bool,
     /// Name, stage and state of each feature gate.
     pub features: Vec<(&'static str, &'static str, bool)>,

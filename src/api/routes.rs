@@ -46,7 +46,7 @@ pub struct Routes {
 const LEARNER_MAY: [&str; 3] =
     ["/etcdserverpb.KV/Range", "/etcdserverpb.Maintenance/Status", "/etcdserverpb.Maintenance/Snapshot"];
 
-const ENCODING: &str = "grpc-encoding";
+pub const ENCODING: &str = "grpc-encoding";
 const ACCEPT_ENCODING: &str = "grpc-accept-encoding";
 
 impl Routes {

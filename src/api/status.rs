@@ -65,7 +65,11 @@ pub fn of_transport(found: &Status, bad_message: &str, limit: usize) -> Option<S
             Some(Status::internal("grpc: compressed flag set with identity or empty encoding"))
         }
         (Code::Internal, text) if text.contains("failed to decode Protobuf message") => {
-            Some(Status::internal(format!("{bad_message}: {text}")))
+            let why = match text.contains("invalid string value") {
+                true => "string field contains invalid UTF-8",
+                false => "proto: cannot parse invalid wire-format data",
+            };
+            Some(Status::internal(format!("{bad_message}: {why}")))
         }
         _ => None,
     }

@@ -1,13 +1,17 @@
-//! What is looked at before a path: the `Host` header, which web pages may call, `OPTIONS`.
+//! What is looked at before a path leads to its handler: the `Host` header, which web pages may call, `OPTIONS`, and how
+//! the path is written.
 //!
-//! [`refusal`] is what Go's HTTP server does on every port; [`Front`] is what etcd adds on those of clients.
+//! [`refusal`], [`tidied`] and [`path`] are what Go's HTTP server does on every port; [`Front`] is what etcd adds on those
+//! of clients.
+
+use std::borrow::Cow;
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version, header};
 use http_body_util::Full;
 use hyper::ext::ReasonPhrase;
 
-use super::{Answer, set_type, text_error};
+use super::{Answer, percent_decode, set_type, text_error, unescape};
 
 /// Answers a request that no handler shall see.
 pub fn refusal<B>(request: &Request<B>) -> Option<Answer> {
@@ -18,18 +22,44 @@ pub fn refusal<B>(request: &Request<B>) -> Option<Answer> {
         (Some(_), Some(_)) => Some(bad_request("400 Bad Request")),
         (Some(host), None) if !is_host(host.as_bytes()) => Some(bad_request(BAD_HOST)),
         (None, _) if request.version() == Version::HTTP_11 => Some(bad_request(NO_HOST)),
+        _ if !is_target(request) => Some(bad_request("400 Bad Request")),
         // About the server, not a path of it.
         _ if request.method() == Method::OPTIONS && request.uri().path() == "*" => Some(Answer::default()),
         _ => None,
     }
 }
 
-/// Where Go's router sends a path with empty parts, `.` or `..`: to the same without them.
-pub fn tidied<B>(request: &Request<B>) -> Option<Answer> {
+/// Go reads a path whose escapes are whole. Only `CONNECT` may have none.
+fn is_target<B>(request: &Request<B>) -> bool {
     let path = request.uri().path();
-    if request.method() == Method::CONNECT || !path.starts_with('/') {
-        return None;
+    let is_escape = |escape: &[u8]| escape.len() == 2 && escape.iter().all(u8::is_ascii_hexdigit);
+    path.split('%').skip(1).all(|rest| is_escape(&rest.as_bytes()[..rest.len().min(2)]))
+        && (!path.is_empty() || request.method() == Method::CONNECT)
+}
+
+/// By what Go's router finds a handler: the path without what is untidy, its escapes read. An escaped slash stays
+/// escaped, for it parts nothing.
+pub fn path<B>(request: &Request<B>) -> String {
+    let written = written(request.uri().path());
+    let tidy = if request.method() == Method::CONNECT { written.into_owned() } else { tidy(&written) };
+    percent_decode(&tidy.replace("%2F", "%252F").replace("%2f", "%252F"))
+}
+
+/// Where Go's router sends a path with empty parts, `.` or `..`: to the same without them. It escapes anew what it does
+/// not unescape.
+pub fn tidied<B>(request: &Request<B>) -> Option<Answer> {
+    let path = written(request.uri().path());
+    if path == "*" {
+        let mut response = Answer::default();
+        *response.status_mut() = StatusCode::BAD_REQUEST;
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        return Some(response);
     }
+    let tidy = tidy(&path);
+    (request.method() != Method::CONNECT && tidy != path).then(|| moved(request, &tidy))
+}
+
+fn tidy(path: &str) -> String {
     let mut parts: Vec<&str> = Vec::new();
     for part in path.split('/') {
         match part {
@@ -39,26 +69,50 @@ pub fn tidied<B>(request: &Request<B>) -> Option<Answer> {
         }
     }
     let end = if path.ends_with('/') && !parts.is_empty() { "/" } else { "" };
-    let tidy = format!("/{}{end}", parts.join("/"));
-    (tidy != path).then(|| moved(request, &tidy))
+    format!("/{}{end}", parts.join("/"))
+}
+
+/// A path as it came, unless something in it should have been escaped: then Go escapes all of it anew.
+fn written(path: &str) -> Cow<'_, str> {
+    match path.bytes().all(|byte| is_plain(byte) || b"!'()*[]%".contains(&byte)) {
+        true => path.into(),
+        false => escaped(&unescape(path)).into(),
+    }
+}
+
+fn escaped(path: &[u8]) -> String {
+    let escape = |byte: &u8| if is_plain(*byte) { char::from(*byte).to_string() } else { format!("%{byte:02X}") };
+    path.iter().map(escape).collect()
+}
+
+/// What Go leaves as it is in a path.
+fn is_plain(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"-_.~$&+,/:;=@".contains(&byte)
 }
 
 /// Sends the caller to another path of this server, as Go's router does.
 pub fn moved<B>(request: &Request<B>, path: &str) -> Answer {
-    let to = request.uri().query().map_or_else(|| path.to_owned(), |query| format!("{path}?{query}"));
+    let path = escaped(path.as_bytes());
+    let to = match request.uri().query() {
+        None | Some("") => path,
+        Some(query) => format!("{path}?{query}"),
+    };
     let mut response = Answer::default();
     *response.status_mut() = StatusCode::TEMPORARY_REDIRECT;
     if request.method() == Method::GET {
-        let escapes = [('&', "&amp;"), ('"', "&#34;"), ('\'', "&#39;"), ('<', "&lt;"), ('>', "&gt;")];
-        let escaped = escapes.into_iter().fold(to.clone(), |text, (from, to)| text.replace(from, to));
-        *response.body_mut() = Full::from(format!("<a href=\"{escaped}\">Temporary Redirect</a>.\n\n"));
+        // No target has a `<`, `>` or `"` in its query.
+        let shown = to.replace('&', "&amp;").replace('\'', "&#39;");
+        *response.body_mut() = Full::from(format!("<a href=\"{shown}\">Temporary Redirect</a>.\n\n"));
     }
     if matches!(*request.method(), Method::GET | Method::HEAD) {
         set_type(&mut response, "text/html; charset=utf-8");
     }
-    if let Ok(to) = HeaderValue::try_from(to) {
-        response.headers_mut().insert(header::LOCATION, to);
-    }
+    // Of what a query may hold a header cannot hold what is not ASCII.
+    let ascii = |c: char| {
+        if c.is_ascii() { c.to_string() } else { c.to_string().bytes().map(|b| format!("%{b:02x}")).collect() }
+    };
+    let to: String = to.chars().map(ascii).collect();
+    response.headers_mut().insert(header::LOCATION, HeaderValue::try_from(to).expect("visible ASCII"));
     response
 }
 
@@ -161,17 +215,25 @@ mod tests {
         }
     }
 
+    fn request(method: Method, target: &str) -> Request<()> {
+        Request::builder().method(method).uri(target).header(header::HOST, "a").body(()).unwrap()
+    }
+
     #[test]
-    fn untidy_paths_are_sent_to_tidy_ones() {
-        let location = |method: Method, path: &str| {
-            let request = Request::builder().method(method).uri(path).body(()).unwrap();
-            tidied(&request).map(|answer| {
+    fn untidy_paths_are_sent_to_tidy_ones_as_go_writes_them() {
+        let location = |method: Method, target: &str| {
+            tidied(&request(method, target)).map(|answer| {
                 assert_eq!(answer.status(), StatusCode::TEMPORARY_REDIRECT);
                 answer.headers()[header::LOCATION].to_str().unwrap().to_owned()
             })
         };
-        for path in ["/", "/version", "/raft/stream/", "/a.b/..c", "*"] {
+        for path in
+            ["/", "/version", "/raft/stream/", "/a.b/..c", "/a%2F%2Fb", "/a/%2E%2E/b", "/..%2Fa", "/a!b", "/a\"b"]
+        {
             assert_eq!(location(Method::GET, path), None, "{path}");
+        }
+        for path in ["foo:80", "//version", "/version/.."] {
+            assert_eq!(location(Method::CONNECT, path), None, "{path}");
         }
         let cases = [
             ("//version", "/version"),
@@ -180,10 +242,58 @@ mod tests {
             ("/raft//stream//", "/raft/stream/"),
             ("/..", "/"),
             ("//", "/"),
+            ("/a/.", "/a"),
+            ("//version?", "/version"),
+            ("//version??", "/version??"),
+            ("//version?x=%20&y=%zz", "/version?x=%20&y=%zz"),
+            ("//version?x=\u{e4}", "/version?x=%c3%a4"),
+            // Escapes are escaped again.
+            ("//a%20b", "/a%2520b"),
+            ("//a%3Fb", "/a%253Fb"),
+            ("//a%2fb;c", "/a%252fb;c"),
+            ("//a%2Fb", "/a%252Fb"),
+            ("/../%2e", "/%252e"),
+            ("//a%ffb", "/a%25ffb"),
+            ("//a%00b", "/a%2500b"),
+            ("//a;b,c@d:e$f&g=h+i!j*k(l)", "/a;b,c@d:e$f&g=h+i%21j%2Ak%28l%29"),
+            // What should have been escaped is so twice.
+            ("//\u{e4}", "/%25C3%25A4"),
+            ("//a\"b'd", "/a%2522b%2527d"),
+            ("//a%2f\"b", "/a/%2522b"),
         ];
         for (path, to) in cases {
             assert_eq!(location(Method::POST, path).as_deref(), Some(to), "{path}");
         }
+    }
+
+    #[test]
+    fn handlers_are_found_by_tidy_paths_without_escapes() {
+        let cases = [
+            ("/%76ersion", "/version"),
+            ("//x/../%763", "/v3"),
+            ("/version%2F", "/version%2F"),
+            ("/a%2fb%20%C3%A4", "/a%2Fb \u{e4}"),
+            ("/%2e%2e/version", "/../version"),
+        ];
+        for (target, by) in cases {
+            assert_eq!(path(&request(Method::GET, target)), by, "{target}");
+        }
+        assert_eq!(path(&request(Method::CONNECT, "//version")), "//version");
+        assert_eq!(path(&request(Method::CONNECT, "foo:80")), "");
+    }
+
+    #[test]
+    fn targets_that_go_cannot_read_are_refused() {
+        for bad in ["/a%zz", "//a%", "/%4", "/%4\u{e4}", "foo"] {
+            let answer = refusal(&request(Method::GET, bad)).unwrap_or_else(|| panic!("{bad}"));
+            assert_eq!(answer.status(), StatusCode::BAD_REQUEST, "{bad}");
+        }
+        for good in ["/%41", "/a?%zz", "http://a"] {
+            assert!(refusal(&request(Method::GET, good)).is_none(), "{good}");
+        }
+        assert!(refusal(&request(Method::CONNECT, "foo:80")).is_none());
+        assert_eq!(tidied(&request(Method::GET, "*")).unwrap().status(), StatusCode::BAD_REQUEST);
+        assert_eq!(refusal(&request(Method::OPTIONS, "*")).unwrap().status(), StatusCode::OK);
     }
 
     #[test]

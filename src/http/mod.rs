@@ -48,13 +48,16 @@ pub async fn respond<B>(handle: &Handle, front: &Front, serves: Serves, request:
 }
 
 async fn route<B>(handle: &Handle, serves: Serves, request: &Request<B>) -> Answer {
-    let path = request.uri().path();
+    let path = front::path(request);
+    let path = path.as_str();
     let query = request.uri().query().unwrap_or("");
     // A listener for metrics serves these and the health endpoints only.
     let everything = serves != Serves::Metrics;
-    let tidy = if everything && path == "/v3" { "/v3/".to_owned() } else { tidy_path(path) };
-    if tidy != path {
-        return redirect(request.method(), tidy, request.uri().query());
+    if everything && path == "/v3" {
+        return front::moved(request, "/v3/");
+    }
+    if let Some(answer) = front::tidied(request) {
+        return answer;
     }
     if path == "/metrics" {
         return metrics::render(handle, accepts_gzip(request.headers()));
@@ -118,37 +121,6 @@ pub fn set_type(response: &mut Answer, content_type: &'static str) {
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
 }
 
-/// `path` without empty segments, `.` and `..`.
-fn tidy_path(path: &str) -> String {
-    let mut kept = Vec::new();
-    for segment in path.split('/') {
-        match segment {
-            "" | "." => {}
-            ".." => {
-                kept.pop();
-            }
-            _ => kept.push(segment),
-        }
-    }
-    let end = if path.ends_with('/') && !kept.is_empty() { "/" } else { "" };
-    format!("/{}{end}", kept.join("/"))
-}
-
-/// Sends to `path` whoever asks for it in other words, as Go's HTTP library does.
-fn redirect(method: &Method, path: String, query: Option<&str>) -> Answer {
-    let to = query.map_or(path.clone(), |query| format!("{path}?{query}"));
-    let Ok(location) = HeaderValue::from_str(&to) else { return not_found() };
-    let mut response = Answer::default();
-    *response.status_mut() = StatusCode::TEMPORARY_REDIRECT;
-    response.headers_mut().insert(header::LOCATION, location);
-    if [Method::GET, Method::HEAD].contains(method) {
-        let shown = to.replace('&', "&amp;").replace('\'', "&#39;").replace('"', "&#34;");
-        set_type(&mut response, "text/html; charset=utf-8");
-        *response.body_mut() = Full::from(format!("<a href=\"{shown}\">Temporary Redirect</a>.\n\n"));
-    }
-    response
-}
-
 pub fn not_found() -> Answer {
     text_error(StatusCode::NOT_FOUND, "404 page not found")
 }
@@ -183,8 +155,12 @@ fn query_values(query: &str, name: &str) -> Vec<String> {
         .collect()
 }
 
-/// A part of a path as it is meant.
+/// A path or a part of a query as it is meant.
 pub fn percent_decode(text: &str) -> String {
+    String::from_utf8_lossy(&unescape(text)).into_owned()
+}
+
+fn unescape(text: &str) -> Vec<u8> {
     let mut out = Vec::with_capacity(text.len());
     let mut bytes = text.bytes();
     while let Some(byte) = bytes.next() {
@@ -196,7 +172,7 @@ pub fn percent_decode(text: &str) -> String {
             other => out.push(other),
         }
     }
-    String::from_utf8_lossy(&out).into_owned()
+    out
 }
 
 #[cfg(test)]

@@ -198,6 +198,7 @@ where
     S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin + 'static,
 {
     let mut builder = auto::Builder::new(TokioExecutor::new());
+    let is_grpc = matches!(serves, Serves::GrpcAndHttp | Serves::Grpc);
     if serves == Serves::Grpc {
         // Nothing of HTTP/1 has a meaning here: the connection ends.
         builder = builder.http2_only();
@@ -215,6 +216,8 @@ where
     builder
         .http2()
         .timer(TokioTimer::new())
+        // gRPC says no date, and where it is offered HTTP/2 is nothing else.
+        .auto_date_header(!is_grpc)
         .max_concurrent_streams(streams)
         .initial_stream_window_size(WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)

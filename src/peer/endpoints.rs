@@ -18,7 +18,11 @@ use crate::{
     api::{Server, lease::Renewal},
     apply::Error,
     cluster::{Member, ids, members_to_json},
-    http::{Answer, front::moved, not_found, percent_decode, set_type, text_error, version},
+    http::{
+        Answer,
+        front::{self, moved},
+        not_found, set_type, text_error, version,
+    },
     pb::{
         etcdserverpb::{
             LeaseKeepAliveRequest, LeaseKeepAliveResponse, LeaseTimeToLiveRequest, LeaseTimeToLiveResponse,
@@ -66,7 +70,8 @@ impl Endpoints {
         B: http_body::Body<Data: Buf>,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
-        let path = request.uri().path();
+        let path = front::path(&request);
+        let path = path.as_str();
         let (method, allow) = match path {
             "/members" | "/version" | "/members/hashkv" | "/downgrade/enabled" => (Method::GET, Some("GET")),
             "/leases" | "/leases/internal" => (Method::POST, None),
@@ -84,7 +89,7 @@ impl Endpoints {
             return response;
         }
         let (head, body) = request.into_parts();
-        match head.uri.path() {
+        match path {
             "/version" => version(&self.server),
             "/members" => self.members(),
             "/downgrade/enabled" => self.downgrade_enabled().await,
@@ -92,7 +97,7 @@ impl Endpoints {
                 Ok(body) => self.hash_kv(&head.headers, &body).await,
                 Err(refusal) => *refusal,
             },
-            path if path.starts_with(PROMOTE) => self.promote(&path[PROMOTE.len()..]).await,
+            path if path.starts_with(PROMOTE) => self.promote(&path[PROMOTE.len()..].replace("%2F", "/")).await,
             path => match read_body(body).await {
                 Ok(body) if path == "/leases" => self.renew(body).await,
                 Ok(body) => self.time_to_live(body).await,
@@ -140,7 +145,6 @@ impl Endpoints {
     }
 
     async fn promote(&self, id: &str) -> Answer {
-        let id = percent_decode(id);
         // Go reads no sign.
         let answer = match id.parse().ok().filter(|_| !id.starts_with('+')) {
             Some(id) => match (self.promote)(id).await {
