@@ -44,24 +44,17 @@ pub enum Renewal {
 impl Server {
     /// Renews a lease, if this member leads.
     pub async fn renew(&self, id: i64, runtime: usize) -> Result<Renewal, Error> {
-        let raft = self.raft_status.read();
-        let is_late = raft.is_leader && self.view.load().applied_index < raft.commit;
-        let ask = || async move {
-            let (answer, renewed) = oneshot::channel();
-            match self.leases.try_send(Ask::Renew { id, answer }) {
-                Ok(()) => renewed.await.ok(),
-                Err(_) => None,
-            }
+        // What another member has acknowledged must be known here (H-38, H-41). An applier that is late for long keeps
+        // nobody from renewing a lease that is known.
+        let applied = if self.raft_status.read().is_leader { self.applied().await } else { Ok(()) };
+        if !self.settings.fast_lease_keep_alive {
+            applied.clone()?;
+        }
+        let (answer, renewed) = oneshot::channel();
+        let renewed = match self.leases.try_send(Ask::Renew { id, answer }) {
+            Ok(()) => renewed.await.ok(),
+            Err(_) => None,
         };
-        let looks_gone = |renewed: Option<Renewed>| match renewed {
-            Some(Renewed::Gone) => true,
-            Some(Renewed::Ttl { .. } | Renewed::Unknown) => !self.view.load().leases.contains(id),
-            Some(Renewed::NotLeader) | None => false,
-        };
-        let late = is_late.then(|| self.applied());
-        let is_fast = self.settings.fast_lease_keep_alive;
-        let (renewed, applied) = ask_when_applied(is_fast, late, ask, looks_gone).await?;
-        let gone = || applied.map(|()| Renewal::Gone);
         // After the renewal, so that no pause comes between the two unseen. Of a lease that is not known here another leader
         // may know, and a client that hears that it is gone gives up.
         let is_strange = matches!(renewed, Some(Renewed::Unknown)) && !self.view.load().leases.contains(id);
@@ -78,10 +71,10 @@ impl Server {
                 }
                 self.metrics.leases_renewed.fetch_add(1, Ordering::Relaxed);
                 // After the renewal: a revocation applied before it shows here (H-41).
-                if self.view.load().leases.contains(id) { Renewal::Ttl(ttl) } else { gone()? }
+                if self.view.load().leases.contains(id) { Renewal::Ttl(ttl) } else { Renewal::Gone }
             }
-            Some(Renewed::Gone) => gone()?,
-            Some(Renewed::Unknown) if !self.view.load().leases.contains(id) => gone()?,
+            Some(Renewed::Gone) => Renewal::Gone,
+            Some(Renewed::Unknown) if !self.view.load().leases.contains(id) => applied.map(|()| Renewal::Gone)?,
             Some(Renewed::NotLeader) if !self.raft_status.read().is_leader => Renewal::NotLeader,
             Some(Renewed::Unknown | Renewed::NotLeader) | None => Renewal::Later,
         })
@@ -207,30 +200,6 @@ impl Handle {
     }
 }
 
-/// What the expirer says to `ask`, and whether what it goes by is applied. `late`: this member waits for what is committed.
-///
-/// What another member has acknowledged must be known here before a lease is said to be gone (H-38). With
-/// FastLeaseKeepAlive only a lease that looks so waits for it, and is asked for again: an applier that is late keeps nobody
-/// from renewing a lease that is known.
-async fn ask_when_applied<A: Future<Output = Option<Renewed>>>(
-    is_fast: bool,
-    late: Option<impl Future<Output = Result<(), Error>>>,
-    ask: impl Fn() -> A,
-    looks_gone: impl Fn(Option<Renewed>) -> bool,
-) -> Result<(Option<Renewed>, Result<(), Error>), Error> {
-    let Some(applied) = late else { return Ok((ask().await, Ok(()))) };
-    if !is_fast {
-        applied.await?;
-        return Ok((ask().await, Ok(())));
-    }
-    let renewed = ask().await;
-    if !looks_gone(renewed) {
-        return Ok((renewed, Ok(())));
-    }
-    let applied = applied.await;
-    Ok((ask().await, applied))
-}
-
 fn left(deadline: tokio::time::Instant) -> Duration {
     deadline.saturating_duration_since(tokio::time::Instant::now())
 }
@@ -340,61 +309,5 @@ impl Lease for Handle {
         let ids = if ordered.is_empty() { view.leases.ids().collect() } else { ordered };
         let leases = ids.into_iter().filter(|id| view.leases.contains(*id)).map(|id| LeaseStatus { id }).collect();
         Ok(Response::new(LeaseLeasesResponse { header: Some(self.server.header_of(&view)), leases }))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::{
-        cell::{Cell, RefCell},
-        future::ready,
-    };
-
-    use super::*;
-
-    const KNOWN: Option<Renewed> = Some(Renewed::Ttl { ttl: 10, clear_checkpoint: false });
-    const STRANGE: Option<Renewed> = Some(Renewed::Unknown);
-
-    /// What becomes of a keepalive whose answer is `first` before, and `then` after this member has applied what is
-    /// committed, and what was done for it.
-    async fn keepalive(
-        is_fast: bool,
-        late: Option<Result<(), Error>>,
-        first: Option<Renewed>,
-        then: Option<Renewed>,
-    ) -> (Result<(Option<Renewed>, Result<(), Error>), Error>, String) {
-        let (steps, is_applied) = (RefCell::new(String::new()), Cell::new(false));
-        let applied = late.map(|applied| async {
-            steps.borrow_mut().push_str("wait ");
-            is_applied.set(true);
-            applied
-        });
-        let ask = || {
-            steps.borrow_mut().push_str("ask ");
-            ready(if is_applied.get() { then } else { first })
-        };
-        let done = ask_when_applied(is_fast, applied, ask, |renewed| renewed == STRANGE).await;
-        (done, steps.into_inner())
-    }
-
-    #[tokio::test]
-    async fn a_late_applier_delays_only_leases_that_look_gone() {
-        let late = || Some(Ok(()));
-        let waited = |is_fast| keepalive(is_fast, late(), KNOWN, KNOWN);
-        assert_eq!(waited(true).await, (Ok((KNOWN, Ok(()))), "ask ".into()));
-        assert_eq!(waited(false).await, (Ok((KNOWN, Ok(()))), "wait ask ".into()));
-        // H-38: granted elsewhere, and not applied here.
-        assert_eq!(keepalive(true, late(), STRANGE, KNOWN).await, (Ok((KNOWN, Ok(()))), "ask wait ask ".into()));
-        assert_eq!(keepalive(true, late(), STRANGE, STRANGE).await, (Ok((STRANGE, Ok(()))), "ask wait ask ".into()));
-        assert_eq!(keepalive(true, None, STRANGE, KNOWN).await, (Ok((STRANGE, Ok(()))), "ask ".into()));
-    }
-
-    #[tokio::test]
-    async fn what_is_not_applied_in_time_is_not_taken_for_gone() {
-        const TIMEOUT: Result<(), Error> = Err(Error::TimeoutAppliedIndex);
-        let (fast, steps) = keepalive(true, Some(TIMEOUT), STRANGE, STRANGE).await;
-        assert_eq!((fast, steps.as_str()), (Ok((STRANGE, TIMEOUT)), "ask wait ask "));
-        let (slow, steps) = keepalive(false, Some(TIMEOUT), KNOWN, KNOWN).await;
-        assert_eq!((slow, steps.as_str()), (Err(Error::TimeoutAppliedIndex), "wait "));
     }
 }
