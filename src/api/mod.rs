@@ -62,7 +62,7 @@ pub struct Settings {
     pub election_timeout: Duration,
     /// Requests that take longer are worth a line in the log.
     pub slow_request: Duration,
-    /// Keepalives of known leases do not wait for an applier that is late.
+    /// Keepalives of known leases go on after a second although the applier is still late.
     pub fast_lease_keep_alive: bool,
     /// Whether `/debug/pprof/` is there.
     pub profiles: bool,

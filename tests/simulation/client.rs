@@ -116,7 +116,7 @@ impl World {
             return;
         }
         if !self.is_up(self.clients[c].member) || self.rng.random_bool(0.03) {
-            self.clients[c].member = self.rng.random_range(0..self.members.len());
+            self.clients[c].member = self.another_member();
         }
         let member = self.clients[c].member;
         let kind = self.choose(c);
@@ -124,6 +124,17 @@ impl World {
         let op = self.begin(Some(c), member, kind.clone());
         self.say(|| format!("client {c} asks m{member}, operation {op}: {}", shown(&kind)));
         self.clients[c].op = Some(op);
+    }
+
+    /// Whom a client tries next. When all is calm somebody has told it who takes part.
+    fn another_member(&mut self) -> usize {
+        let members = self.membership().filter(|_| self.is_calm);
+        let known = members.iter().flat_map(|members| members.iter()).filter_map(|member| self.index_of(member.id));
+        let known: Vec<usize> = known.collect();
+        match known.len() {
+            0 => self.rng.random_range(0..self.members.len()),
+            n => known[self.rng.random_range(0..n)],
+        }
     }
 
     fn choose(&mut self, c: usize) -> Kind {
@@ -344,7 +355,7 @@ impl World {
             );
             if unanswered && self.rng.random_bool(0.5) {
                 // It tries another member.
-                self.clients[c].member = self.rng.random_range(0..self.members.len());
+                self.clients[c].member = self.another_member();
             }
             let think = self.draw(self.plan.config.think);
             let client = &mut self.clients[c];

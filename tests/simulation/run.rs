@@ -188,8 +188,7 @@ fn live(world: &mut World) -> bool {
     }
     world.run(world.now + 2 * SECOND, |_| false);
     let busy = |world: &World| world.stats.calls >= LEAST_CALLS;
-    // Twice the time: some may talk to a member that nobody took in.
-    if !reach(world, 2 * HEAL, busy, "clients do not get on") {
+    if !reach(world, HEAL, busy, "clients do not get on") {
         return false;
     }
     let end = world.now + HEAL;
