@@ -26,7 +26,7 @@ use std::{
 use actd::sim::Bug;
 
 use plan::{Focus, Plan, SECOND};
-use run::{Least, Report, run, shrunk};
+use run::{Least, ORPHAN, Report, run, shrunk};
 
 fn variable(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;
@@ -109,6 +109,9 @@ fn no_seed_breaks_a_promise() {
         for branch in RARE.iter().filter(|_| seeds >= SEEDS) {
             assert!(total.marks.get(*branch).is_some_and(|count| *count > 0), "no seed reached: {branch}");
         }
+        // A leader that is removed does its best to be heard.
+        let orphans = total.marks.get(ORPHAN).copied().unwrap_or(0);
+        assert!(seeds < SEEDS || orphans * 500 <= seeds, "{orphans} of {seeds} seeds: {ORPHAN}");
     }
 }
 

@@ -232,13 +232,16 @@ fn live(world: &mut World) -> bool {
     true
 }
 
+/// How a run may end early, and few do.
+pub const ORPHAN: &str = "who stays never heard that it is alone";
+
 /// Whether that comes to pass. If not, all is over for good where two became one and who stays never heard of it, and
 /// a failure else.
 fn reach(world: &mut World, within: u64, done: impl Fn(&World) -> bool, else_: &str) -> bool {
     let is_done = world.run(world.now + within, done);
     assert!(is_done || world.is_orphaned(), "{else_}: {}", world.describe());
     if !is_done {
-        world.mark("who stays never heard that it is alone");
+        world.mark(ORPHAN);
     }
     is_done
 }
