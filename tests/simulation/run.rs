@@ -40,7 +40,7 @@ pub struct Report {
     /// Of the run that had the least of each.
     pub least: Least,
     pub marks: BTreeMap<&'static str, u64>,
-    /// Of the last run.
+    /// Of many runs the sum, whatever order they ended in.
     pub digest: u64,
 }
 
@@ -59,7 +59,7 @@ impl Report {
         for (branch, count) in &other.marks {
             *self.marks.entry(branch).or_default() += count;
         }
-        self.digest = other.digest;
+        self.digest = self.digest.wrapping_add(other.digest);
     }
 }
 
