@@ -309,6 +309,34 @@ fn proposals_wait_for_a_leader_and_are_served_by_it() {
 }
 
 #[test]
+fn proposals_wait_while_the_leader_cannot_be_reached() {
+    // A leader that has died is believed in until an election; what went to it until then would be lost.
+    let (mut cluster, leader) = Cluster::led(3);
+    cluster.isolate(leader);
+    let follower = other(&cluster, leader);
+    cluster.node(follower).core.unreachable(leader);
+    let id = cluster.propose(follower, "a");
+    cluster.settle();
+    assert_eq!(cluster.nodes[&follower].core.reading().leader, leader);
+    cluster.ticks(40);
+    assert_ne!(cluster.leader(), Some(leader));
+    assert_eq!(cluster.outcome(id), Some(Ok(Response::Done)));
+
+    // One that was out of reach for a moment gets them as soon as it is heard.
+    let leader = cluster.leader().unwrap();
+    cluster.cut.clear();
+    cluster.ticks(5);
+    let follower = other(&cluster, leader);
+    cluster.node(follower).core.unreachable(leader);
+    let id = cluster.propose(follower, "b");
+    cluster.settle();
+    assert_eq!(cluster.outcome(id), None);
+    cluster.ticks(2);
+    assert_eq!(cluster.outcome(id), Some(Ok(Response::Done)));
+    cluster.agree();
+}
+
+#[test]
 fn reads_of_any_member_see_what_was_acknowledged() {
     // D-8
     let (mut cluster, leader) = Cluster::led(3);
@@ -486,10 +514,11 @@ fn leader_that_is_removed_says_so_until_it_ends() {
             }
         }
         cluster.network.clear();
-        cluster.ticks(4);
-        let next = cluster.leader().expect("others lead at once");
-        assert_ne!(next, leader);
+        cluster.ticks(1);
         cluster.nodes.remove(&leader);
+        let others = cluster.nodes.values().map(|node| node.core.conf_state().voters.len());
+        assert!(others.into_iter().all(|voters| voters + 1 == members as usize), "all have heard of it");
+        let next = cluster.until_led();
         let id = cluster.propose(next, "a");
         cluster.ticks(2);
         assert_eq!(cluster.outcome(id), Some(Ok(Response::Done)), "{members} members");

@@ -85,14 +85,13 @@ struct InFlight {
     since_tick: u64,
 }
 
-/// A leader that was removed still says what is committed, and then who is to lead: the others may not have heard of the
-/// removal, and the one who is left of two could not commit it by itself.
+/// A leader that was removed still says what is committed: the others may not have heard of the removal, and the one who is
+/// left of two could not commit it by itself.
 struct Farewell {
     /// While this is the term: nobody else leads in it.
     term: u64,
     /// To whom, and up to where its log is known to be the leader's.
     others: Vec<(u64, u64)>,
-    ticks: u64,
 }
 
 /// A database on its way to another member: the log from `index` on is kept for it.
@@ -105,7 +104,7 @@ struct SnapshotOut {
 pub struct Core {
     node: RawNode<MemLog>,
     options: Options,
-    /// Taken from the inbox, not yet in the log: no leader is known.
+    /// Taken from the inbox, not yet in the log: no leader is known, or it cannot be reached.
     queued: VecDeque<Proposal>,
     /// Given to the leader, not yet applied; by request id, with their content.
     pending: BTreeMap<u64, (Bytes, Ticket)>,
@@ -115,6 +114,9 @@ pub struct Core {
     /// Read requests of others that came before this leader has committed anything of its term.
     held_reads: Held,
     answers: Vec<Answer>,
+    /// Something for this leader was lost, and nothing has come from it since: what is proposed now waits for it or for
+    /// the next one.
+    out_of_reach: Option<u64>,
     /// Readys the WAL has not answered yet.
     in_flight: VecDeque<InFlight>,
     /// Number of the newest Ready.
@@ -155,8 +157,6 @@ const FORWARD_BYTES_MAX: usize = 1 << 20;
 const HELD_BYTES_MAX: usize = 64 << 20;
 /// Ticks after which a read round is asked for again: 500 ms with the usual tick.
 const READ_RETRY_TICKS: u64 = 5;
-/// Ticks a leader that was removed waits before it asks another to lead.
-const FAREWELL_TICKS: u64 = 3;
 /// Ticks a log is kept for a follower after its snapshot was delivered: 30 s with the usual tick.
 const SNAPSHOT_KEEP_TICKS: u64 = 300;
 
@@ -197,6 +197,7 @@ impl Core {
             options,
             held_reads: Held::default(),
             answers: Vec::new(),
+            out_of_reach: None,
             in_flight: VecDeque::new(),
             number: 0,
             commit_unwritten: false,
@@ -240,6 +241,7 @@ impl Core {
     /// A message of another member. What does not fit is told, for the log. Panics if the log here has lost its end.
     pub fn step(&mut self, message: raftpb::Message) -> Result<(), &'static str> {
         let message = convert::message_from_pb(message, self.options.id)?;
+        self.out_of_reach = self.out_of_reach.filter(|leader| *leader != message.from);
         match message.msg_type {
             MessageType::MsgHeartbeat if self.is_from_leader(&message) => {
                 let last = self.node.raft.raft_log.last_index();
@@ -353,25 +355,16 @@ impl Core {
 
     fn say_farewell(&mut self) {
         let raft = &mut self.node.raft;
-        let Some(farewell) = self.farewell.as_mut().filter(|farewell| farewell.term == raft.term) else { return };
-        farewell.ticks += 1;
-        let message = |kind, to| rs::Message {
-            msg_type: kind,
-            from: self.options.id,
-            to,
-            term: farewell.term,
-            ..Default::default()
-        };
+        let Some(farewell) = self.farewell.as_ref().filter(|farewell| farewell.term == raft.term) else { return };
         let committed = raft.raft_log.committed;
         raft.msgs.extend(farewell.others.iter().map(|(id, matched)| rs::Message {
+            msg_type: MessageType::MsgHeartbeat,
+            from: self.options.id,
+            to: *id,
+            term: farewell.term,
             commit: committed.min(*matched),
-            ..message(MessageType::MsgHeartbeat, *id)
+            ..Default::default()
         }));
-        if farewell.ticks == FAREWELL_TICKS {
-            let is_voter = |id: u64| raft.prs().conf().voters().contains(id);
-            let next = farewell.others.iter().filter(|(id, _)| is_voter(*id)).max_by_key(|(_, matched)| *matched);
-            raft.msgs.extend(next.map(|(id, _)| message(MessageType::MsgTimeoutNow, *id)));
-        }
     }
 
     /// In place of the crate's choice, which comes from a generator of its own: a function of seed and term, so that
@@ -451,8 +444,9 @@ impl Core {
                 // Removed itself: the crate would count on its own acknowledgements.
                 let term = raft.term;
                 let others = raft.prs().iter().map(|(id, other)| (*id, other.matched)).collect();
-                self.farewell = Some(Farewell { term, others, ticks: 0 });
+                self.farewell = Some(Farewell { term, others });
                 raft.become_follower(term, raft::INVALID_ID);
+                self.say_farewell();
             }
         }
         self.answers.extend(done.answer);
@@ -474,6 +468,9 @@ impl Core {
 
     pub fn unreachable(&mut self, id: u64) {
         self.node.report_unreachable(id);
+        if id == self.node.raft.leader_id {
+            self.out_of_reach = Some(id);
+        }
     }
 
     /// The database for `to` was delivered, or not.
@@ -554,7 +551,10 @@ impl Core {
 
     /// True while a proposal would be lost.
     fn is_leaderless(&self) -> bool {
-        self.node.raft.leader_id == raft::INVALID_ID || self.leads() && self.node.raft.lead_transferee.is_some()
+        let raft = &self.node.raft;
+        raft.leader_id == raft::INVALID_ID
+            || self.out_of_reach == Some(raft.leader_id)
+            || self.leads() && raft.lead_transferee.is_some()
     }
 
     fn propose_queued(&mut self, applied: u64) {
