@@ -246,7 +246,7 @@ impl Actor for ApplyActor {
             self.wiring.metrics.compaction_pauses.record_ms(slice.elapsed());
             let pause = self.wiring.clean_up.pause;
             if self.core.is_cleaning() && !pause.is_zero() {
-                self.pause_until = Some(Instant::now() + pause);
+                self.pause_until = Some(turn.now + pause);
                 (self.wiring.clean_up.wake_after)(pause);
             }
         }

@@ -19,8 +19,8 @@ pub enum Listener {
     Unix(UnixListener),
 }
 
-/// Connections that wait to be accepted.
-const BACKLOG: i32 = 1024;
+/// Connections that wait to be accepted, as many as usual systems allow: all wait until a starting member is ready.
+const BACKLOG: i32 = 4096;
 /// Before the first probe of a silent connection, and between probes.
 const KEEP_ALIVE: Duration = Duration::from_secs(30);
 /// After an accept that failed.
