@@ -39,6 +39,14 @@ pub enum Kind {
     Change(Change),
 }
 
+/// What everybody is asked in the end, one after another.
+#[derive(Clone, Copy)]
+pub enum Last {
+    Grant,
+    Renew,
+    Revoke,
+}
+
 pub struct Op {
     /// `None`: an administrator's.
     pub client: Option<usize>,
@@ -56,6 +64,8 @@ pub struct Op {
     pub is_ok: bool,
     /// Of a keepalive: its lease was there when it began.
     pub was_alive: bool,
+    /// Of a keepalive: the term of the leader that renewed.
+    pub renewed_in: u64,
     /// Of a keepalive: its leader has not applied for a second what it knows to be committed.
     pub may_be_late: bool,
 }
@@ -85,6 +95,7 @@ impl World {
             done: false,
             is_ok: false,
             was_alive,
+            renewed_in: 0,
             may_be_late: false,
         });
         let latency = self.draw((50, 2 * MS));
@@ -94,19 +105,36 @@ impl World {
         op
     }
 
-    /// When all is well each member writes and reads for who asks it.
-    pub fn ask_everybody(&mut self) -> Vec<OpId> {
+    /// When all is well each member writes and reads for who asks it, and serves leases from their grant to their end: one
+    /// that another member has granted. Ids from `lease` on are free.
+    pub fn ask_everybody(&mut self, last: Last, lease: i64) -> Vec<OpId> {
         let members = self.membership().expect("somebody is up");
         let voters = members.iter().filter(|member| !member.is_learner);
         let voters: Vec<usize> = voters.filter_map(|member| self.index_of(member.id)).collect();
         let mut ops = Vec::new();
-        for m in voters {
-            let put = PutRequest { key: key(&mut self.rng, 1), value: format!("m{m}").into(), ..Default::default() };
-            let put = InternalRaftRequest { put: Some(put), ..Default::default() };
-            ops.push(self.begin(None, m, Kind::Write(Box::new(put))));
-            let all =
-                RangeRequest { key: b"\0".as_slice().into(), range_end: b"\0".as_slice().into(), ..Default::default() };
-            ops.push(self.begin(None, m, Kind::Read(all)));
+        for (nth, m) in voters.iter().enumerate() {
+            let write = |request| Kind::Write(Box::new(request));
+            let id = lease + nth as i64;
+            let of_another = lease + ((nth + 1) % voters.len()) as i64;
+            let kinds = match last {
+                Last::Grant => {
+                    let (key, value) = (key(&mut self.rng, 1), format!("m{m}").into());
+                    let put = Some(PutRequest { key, value, ..Default::default() });
+                    let lease_grant = Some(LeaseGrantRequest { ttl: MIN_TTL + 2, id });
+                    let all = Bytes::from_static(b"\0");
+                    vec![
+                        write(InternalRaftRequest { put, ..Default::default() }),
+                        Kind::Read(RangeRequest { key: all.clone(), range_end: all, ..Default::default() }),
+                        write(InternalRaftRequest { lease_grant, ..Default::default() }),
+                    ]
+                }
+                Last::Renew => vec![Kind::Renew(of_another)],
+                Last::Revoke => {
+                    let lease_revoke = Some(LeaseRevokeRequest { id: of_another });
+                    vec![write(InternalRaftRequest { lease_revoke, ..Default::default() })]
+                }
+            };
+            ops.extend(kinds.into_iter().map(|kind| self.begin(None, *m, kind)));
         }
         ops
     }
@@ -269,10 +297,10 @@ impl World {
         if std::mem::replace(&mut self.ops[op].done, true) {
             return;
         }
-        let Op { client, ref kind, start, floor, request, was_alive, may_be_late, .. } = self.ops[op];
+        let Op { client, ref kind, start, floor, request, was_alive, renewed_in, may_be_late, .. } = self.ops[op];
         let kind = kind.clone();
         self.say(|| format!("operation {op} ends: {}", shown_answer(&answer)));
-        self.ops[op].is_ok = matches!(answer, Answer::Outcome(Ok(_)) | Answer::Range(Ok(_)) | Answer::Renewed(Ok(_)));
+        self.ops[op].is_ok = matches!(answer, Answer::Outcome(Ok(_)) | Answer::Range(Ok(_)) | Answer::Renewed(Ok(1..)));
         if let (Kind::Change(Change::Promote(_)), true) = (&kind, self.ops[op].is_ok) {
             self.mark("learner promoted");
         }
@@ -307,7 +335,7 @@ impl World {
                 if let (Some(client), Some(grant), Ok(Response::LeaseGrant(granted))) =
                     (client, &write.lease_grant, outcome)
                 {
-                    self.promise(grant.id, start, granted.ttl);
+                    self.promise(grant.id, start, granted.ttl, self.truth.term_of(id));
                     let until = self.now + self.draw((0, 10 * SECOND));
                     self.clients[client].lease = Some((grant.id, until));
                 }
@@ -335,7 +363,11 @@ impl World {
                     may_be_late || revoked >= start,
                     "lease {lease} was revoked at {revoked} µs, and renewed from {start} µs on"
                 );
-                self.promise(*lease, start, *ttl);
+                // One that is gone meanwhile answers with what it was told at its grant.
+                if let Some((granted, _)) = self.truth.model.leases.get(lease) {
+                    assert_eq!(ttl, granted, "lease {lease} lives for another time");
+                }
+                self.promise(*lease, start, *ttl, renewed_in);
             }
             (Kind::Renew(lease), Answer::Renewed(Ok(_))) => {
                 let is_there = was_alive && self.truth.model.leases.contains_key(lease);
@@ -343,6 +375,20 @@ impl World {
                 if let Some(client) = client {
                     self.clients[client].lease = None;
                 }
+            }
+            (Kind::Renew(lease), Answer::Renewed(Err(e))) => {
+                let known = matches!(
+                    e,
+                    Error::NoLeader
+                        | Error::Timeout
+                        | Error::TimeoutAppliedIndex
+                        | Error::NotPrimaryLessor
+                        | Error::Stopped
+                        | Error::DeadlineExceeded
+                        | Error::ProposalDropped
+                        | Error::TooManyRequests
+                );
+                assert!(known, "nobody should hear this of lease {lease}: {e}");
             }
             _ => {}
         }

@@ -117,7 +117,9 @@ impl World {
                     return false;
                 }
                 // It hands over first, if it leads.
-                self.handed_over = now;
+                if self.process(member).reading().is_leader {
+                    self.handed_over = now;
+                }
                 self.process(member).raft_tx.control(raft::Control::Transfer { to: 0 });
                 self.pump(member);
                 let epoch = self.members[member].epoch;

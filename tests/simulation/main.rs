@@ -219,8 +219,10 @@ fn every_seeded_bug_is_found() {
                 let plan = Plan::with_focus(seed, focus);
                 let text = run(&plan, Some(*bug)).err()?.to_string();
                 let is_it = symptoms(*bug).iter().any(|symptom| text.contains(symptom));
-                // The bug is to blame: without it all is well.
-                (is_it && run(&plan, None).is_ok()).then_some((seed, text))
+                if is_it && let Err(failure) = run(&plan, None) {
+                    panic!("seed {seed} with {focus:?} fails without a bug: {failure}");
+                }
+                is_it.then_some((seed, text))
             };
             let hit = (0..budget).find_map(fails);
             found.push((format!("{bug:?}"), hit));

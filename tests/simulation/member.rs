@@ -269,6 +269,7 @@ impl Member {
         let (send, outgoing) = mpsc::channel();
         let (jobs, hash_jobs) = mpsc::channel();
         let (asked, lease_asks) = mpsc::channel();
+        let (wakes, apply_wakes) = mpsc::channel();
         let (port, _, ends) = watch::connect(config.stream_budget, config.hub_queue);
         let raft_wiring = raft::Wiring {
             wal: wal_tx,
@@ -298,7 +299,11 @@ impl Member {
             }),
             hash: Box::new(move |job| drop(jobs.send(job))),
             slow_apply: Duration::ZERO,
-            clean_up: apply::CleanUp { keys: config.clean, pause: Duration::ZERO, wake_after: Box::new(|_| {}) },
+            clean_up: apply::CleanUp {
+                keys: config.clean,
+                pause: Duration::from_micros(config.clean_pause),
+                wake_after: Box::new(move |pause| _ = wakes.send(pause.as_micros() as u64)),
+            },
             on_members: Box::new({
                 let (id, is_removed) = (self.id, is_removed.clone());
                 move |members| is_removed.store(members.is_removed(id), Ordering::Relaxed)
@@ -341,6 +346,7 @@ impl Member {
             outgoing,
             hash_jobs,
             lease_asks,
+            apply_wakes,
             seen,
             status,
             view: view.clone(),
@@ -367,7 +373,7 @@ impl Member {
             waiters: Vec::new(),
             readers: Vec::new(),
             renewals: Vec::new(),
-            is_hub_awake: false,
+            hub_due: None,
             streams: BTreeMap::new(),
             incoming: VecDeque::new(),
             receiving: None,
@@ -628,6 +634,8 @@ pub struct Process {
     pub outgoing: mpsc::Receiver<Vec<raftpb::Message>>,
     pub hash_jobs: mpsc::Receiver<CompactionJob>,
     pub lease_asks: mpsc::Receiver<LeaseAsk>,
+    /// Clean-up goes on after so long.
+    pub apply_wakes: mpsc::Receiver<u64>,
     pub seen: Rc<RefCell<Vec<Seen>>>,
     pub status: Arc<raft::Status>,
     pub view: ViewCell,
@@ -660,7 +668,8 @@ pub struct Process {
     pub history: StoreHistory,
     pub ends: Ends,
     pub skipped_seen: u64,
-    pub is_hub_awake: bool,
+    /// When the hub works next.
+    pub hub_due: Option<u64>,
     /// Whose stream it is.
     pub streams: BTreeMap<StreamId, usize>,
     /// Databases that came in.

@@ -63,8 +63,9 @@ pub struct Config {
     pub batch: usize,
     /// Entries that may wait for apply, about.
     pub apply_queue: usize,
-    /// Keys looked at in one slice of clean-up.
+    /// Keys looked at in one slice of clean-up, and the time between two slices.
     pub clean: usize,
+    pub clean_pause: u64,
     pub snapshot_transfer: (u64, u64),
     pub snapshot_loss: f64,
     /// Watch streams: budget of one, how fast clients take, views a hub may lag, interval of progress reports.
@@ -254,6 +255,7 @@ impl Plan {
             batch: *[1, 3, 1_000].choose(rng).expect("there are choices"),
             apply_queue: *[1, 20, 10_000].choose(rng).expect("there are choices"),
             clean: *[1, 5, 200].choose(rng).expect("there are choices"),
+            clean_pause: *[0, 0, MS, 20 * MS].choose(rng).expect("there are choices"),
             snapshot_transfer: span(rng, &[(MS, 20 * MS), (50 * MS, 800 * MS)]),
             snapshot_loss: *[0.0, 0.0, 0.3].choose(rng).expect("there are choices"),
             stream_budget: *[300, 2_000, 1 << 20].choose(rng).expect("there are choices"),
@@ -284,7 +286,7 @@ impl Plan {
 }
 
 /// Half of the seeds go after one thing, where mistakes have been most frequent.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Focus {
     Nothing,
     /// Late answers to read rounds.

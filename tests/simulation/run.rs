@@ -11,6 +11,7 @@ use std::{
 use actd::sim::{self, Bug};
 
 use super::{
+    client::Last,
     plan::{ELECTION, Plan, REQUEST_TIMEOUT, SECOND},
     watcher::Watcher,
     world::World,
@@ -206,9 +207,13 @@ fn live(world: &mut World) -> bool {
     let tries = if world.plan.config.catch_up_entries < 10 { 3 } else { 1 };
     let mut failed = None;
     for _ in 0..tries {
-        let last = world.ask_everybody();
-        assert!(world.run(world.now + 10 * SECOND, World::is_idle), "calls do not end: {}", world.describe());
-        failed = last.into_iter().find(|op| !world.ops[*op].is_ok);
+        let lease = world.next_lease;
+        world.next_lease += 10;
+        failed = [Last::Grant, Last::Renew, Last::Revoke].into_iter().find_map(|last| {
+            let asked = world.ask_everybody(last, lease);
+            assert!(world.run(world.now + 10 * SECOND, World::is_idle), "calls do not end: {}", world.describe());
+            asked.into_iter().find(|op| !world.ops[*op].is_ok)
+        });
         if failed.is_none() {
             break;
         }
@@ -219,8 +224,8 @@ fn live(world: &mut World) -> bool {
     // Watchers take what is left, and come to life where they were cut off.
     world.run((world.now + SECOND).max(20 * SECOND), |_| false);
     let done = |world: &World| world.watchers.iter().all(|watcher| watcher.is_done(&world.truth.model));
-    world.run(world.now + HEAL, |world| world.is_healed() && done(world));
-    if done(world) && world.plan.config.progress_ms <= 1_000 {
+    let all_told = world.run(world.now + HEAL, |world| world.is_healed() && done(world));
+    if all_told && world.plan.config.progress_ms <= 1_000 {
         // Long enough for each to hear of progress by itself.
         world.watchers.iter_mut().for_each(Watcher::begin_quiet);
         world.run(world.now + 3 * SECOND, |_| false);
@@ -242,6 +247,7 @@ fn reach(world: &mut World, within: u64, done: impl Fn(&World) -> bool, else_: &
     assert!(is_done || world.is_orphaned(), "{else_}: {}", world.describe());
     if !is_done {
         world.mark(ORPHAN);
+        world.finish_refused();
     }
     is_done
 }

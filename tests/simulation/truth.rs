@@ -70,8 +70,8 @@ pub struct Truth {
     made_at: BTreeMap<i64, u64>,
     revision_after: BTreeMap<u64, i64>,
     compacted_after: BTreeMap<u64, i64>,
-    /// Where each lease was revoked last.
-    pub revoked: Vec<(i64, u64)>,
+    /// Each revocation: the lease, the request and its term.
+    pub revoked: Vec<(i64, u64, u64)>,
     /// The members after each change of them.
     members: BTreeMap<u64, Membership>,
     /// The first hash of the state at an index, and whose it was.
@@ -130,7 +130,7 @@ impl Truth {
                 self.made_at.insert(self.model.revision, index);
             }
             if let (Some(revoke), Ok(_)) = (&request.lease_revoke, &outcome) {
-                self.revoked.push((revoke.id, request.header.as_ref().map_or(0, |h| h.id)));
+                self.revoked.push((revoke.id, request.header.as_ref().map_or(0, |h| h.id), term));
             }
             let id = request.header.as_ref().map_or(0, |h| h.id);
             assert!(self.outcomes.insert(id, (index, outcome)).is_none(), "request {id:x} is in the log twice");
@@ -197,6 +197,11 @@ impl Truth {
     /// What an operation that begins now must not stand before.
     pub fn begin(&self) -> Place {
         self.ended
+    }
+
+    /// The term in which a request that was answered came into the log.
+    pub fn term_of(&self, request: u64) -> u64 {
+        self.outcomes.get(&request).and_then(|(index, _)| self.entries.get(index)).map_or(0, |(term, _)| *term)
     }
 
     /// A write was answered.

@@ -13,6 +13,9 @@ use super::{
     world::{Event, World},
 };
 
+/// What a store that fails says.
+const STORE_FAILS: [&str; 2] = ["injected failure", "an earlier write failed"];
+
 impl World {
     pub fn tick(&mut self, m: usize, epoch: u64) {
         let process = self.process(m);
@@ -36,6 +39,7 @@ impl World {
         let messages: Vec<_> = process.outgoing.try_iter().flatten().collect();
         let asks: Vec<_> = process.lease_asks.try_iter().collect();
         let jobs: Vec<_> = process.hash_jobs.try_iter().collect();
+        let wakes: Vec<u64> = process.apply_wakes.try_iter().collect();
         let (has_published, is_removed) = (process.ends.has_published(), process.is_removed.load(Ordering::Relaxed));
         for message in messages {
             self.send(m, message);
@@ -44,6 +48,9 @@ impl World {
             self.lease_ask(m, ask);
         }
         let epoch = self.members[m].epoch;
+        for pause in wakes {
+            self.after(pause, Event::ApplyTurn(m, epoch));
+        }
         for job in jobs {
             let hash = job.run().expect("memory is read");
             let id = self.members[m].id;
@@ -194,7 +201,8 @@ impl World {
         let is_broken = self.members[m].is_store_broken;
         let process = self.process(m);
         if let Err(panic) = catch_unwind(AssertUnwindSafe(|| turn(process))) {
-            if !is_broken {
+            let text = panic.downcast_ref::<String>().map_or("", String::as_str);
+            if !is_broken || !STORE_FAILS.iter().any(|reason| text.contains(reason)) {
                 resume_unwind(panic);
             }
             self.say(|| format!("m{m} ends: its store fails"));
@@ -210,6 +218,8 @@ impl World {
         if self.is_up(m) && !std::sync::Arc::ptr_eq(&before, &self.process(m).in_use.load()) {
             self.say(|| format!("m{m} has installed a snapshot"));
             self.mark("snapshot installed");
+            // The store that was to fail is gone.
+            self.members[m].is_store_broken = false;
         }
     }
 

@@ -160,6 +160,7 @@ impl Watcher {
 
     pub fn on_response(&mut self, model: &Model, response: &WatchResponse) {
         let header = response.header.as_ref().expect("every response has a header");
+        assert!(header.revision <= model.revision, "a header of the future: {}", header.revision);
         let id = response.watch_id;
         if response.created {
             let at = self.creating.pop_front().expect("each create has one answer");
@@ -230,6 +231,8 @@ impl Watcher {
     /// Everything has been delivered. `reported`: what is quiet has had time to be reported.
     pub fn finish(&self, model: &Model, reported: bool) {
         assert!(self.is_told(model), "a question for progress was not answered");
+        assert!(self.creating.is_empty(), "a creation was not answered");
+        assert!(self.cancelling.is_empty(), "cancellations were not answered: {:?}", self.cancelling);
         for watch in &self.watches {
             assert!(watch.id.is_some(), "a watch did not come to life in the end");
             let missing = model.history(&watch.key, &watch.end, watch.next, model.revision).next();

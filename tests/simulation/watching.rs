@@ -13,18 +13,28 @@ impl World {
     // Watching
 
     pub fn wake_hub(&mut self, m: usize) {
-        if !self.process(m).is_hub_awake {
-            self.process(m).is_hub_awake = true;
-            let delay = self.draw(self.plan.config.hub_delay);
+        let delay = self.draw(self.plan.config.hub_delay);
+        self.hub_due(m, self.now + delay);
+    }
+
+    /// The hub works then, or before if it was to work earlier.
+    fn hub_due(&mut self, m: usize, at: u64) {
+        let due = &mut self.process(m).hub_due;
+        if due.is_none_or(|due| at < due) {
+            *due = Some(at);
             let epoch = self.members[m].epoch;
-            self.after(delay, Event::HubWork(m, epoch));
+            self.at(at, Event::HubWork(m, epoch));
         }
     }
 
     pub fn hub_work(&mut self, m: usize) {
-        let now_ms = self.now / MS;
+        let (now, now_ms) = (self.now, self.now / MS);
         let process = self.process(m);
-        process.is_hub_awake = false;
+        if process.hub_due.is_none_or(|due| due > now) {
+            // It has worked since, earlier than this was to be.
+            return;
+        }
+        process.hub_due = None;
         let mut out = Vec::new();
         while let Some(message) = process.ends.try_published() {
             process.history.refresh();
@@ -42,14 +52,11 @@ impl World {
         let more = process.hub.catch_up(2, &mut process.history, &mut out).expect("memory is read");
         let next = process.hub.next_tick();
         self.forward(m, out);
-        let epoch = self.members[m].epoch;
         if more {
             self.wake_hub(m);
-        } else if let Some(next) = next
-            && !self.process(m).is_hub_awake
-        {
-            self.process(m).is_hub_awake = false;
-            self.at(next * MS, Event::HubWork(m, epoch));
+        }
+        if let Some(next) = next {
+            self.hub_due(m, next * MS);
         }
     }
 
@@ -80,18 +87,12 @@ impl World {
             )
         });
         self.watchers[w].on_response(&self.truth.model, &response);
-        if self.is_awake(m) {
-            let process = self.process(m);
+        if self.is_up(m) {
             let mut out = Vec::new();
-            process.hub.on_taken(stream, bytes, &mut out);
+            self.process(m).hub.on_taken(stream, bytes, &mut out);
             self.forward(m, out);
+            // A process that stands still takes note when it goes on.
             self.wake_hub(m);
-        } else if self.is_up(m) {
-            // The process takes note when it goes on.
-            let process = self.process(m);
-            let mut out = Vec::new();
-            process.hub.on_taken(stream, bytes, &mut out);
-            self.forward(m, out);
         }
     }
 

@@ -7,6 +7,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     hash::{DefaultHasher, Hash, Hasher},
+    sync::atomic::Ordering,
     time::{Duration, Instant},
 };
 
@@ -110,12 +111,12 @@ pub struct World {
     pub cuts: BTreeMap<(usize, usize), u64>,
     pub loss: (f64, u64),
     pub late: f64,
-    /// Until when a client has been promised that a lease lives.
-    pub promised: BTreeMap<i64, u64>,
+    /// Until when clients have been promised that a lease lives, by the leaders of which terms.
+    pub promised: BTreeMap<i64, BTreeMap<u64, u64>>,
     /// When a client heard that its revocation was done.
     pub revoked_at: BTreeMap<i64, u64>,
-    /// When a lease ran out and was revoked.
-    pub expired: BTreeMap<i64, u64>,
+    /// When a lease ran out and was revoked, and in which term.
+    pub expired: BTreeMap<i64, (u64, u64)>,
     pub revocations_seen: usize,
     pub requests: BTreeMap<u64, OpId>,
     pub refused: Vec<u64>,
@@ -577,8 +578,8 @@ impl World {
             if let Some(zombie) = self.index_of(from)
                 && self.is_up(zombie)
             {
-                let epoch = self.members[zombie].epoch;
-                self.after(MS, Event::Removed(zombie, epoch));
+                self.process(zombie).is_removed.store(true, Ordering::Relaxed);
+                self.pump(zombie);
             }
             return;
         }
@@ -779,10 +780,15 @@ impl World {
     /// Who is up waits for members that were removed and have ended, and does not know it. So it is with etcd, where a
     /// leader that removes itself stays for a second only.
     pub fn is_orphaned(&self) -> bool {
-        let Some(members) = self.membership() else { return false };
-        let voters: Vec<u64> = members.iter().filter(|member| !member.is_learner).map(|member| member.id).collect();
-        let has_ended = |id: &u64| self.index_of(*id).is_some_and(|m| !self.is_up(m)) && self.truth.is_removed(*id);
-        2 * voters.iter().filter(|id| has_ended(id)).count() >= voters.len()
+        let has_ended = |id: u64| self.index_of(id).is_some_and(|m| !self.is_up(m)) && self.truth.is_removed(id);
+        let up = self.members.iter().filter_map(|member| member.process.as_deref());
+        let mut voters = up.filter(|process| !self.truth.is_removed(process.id)).filter_map(|process| {
+            let members = process.members();
+            let voters: Vec<u64> = members.iter().filter(|member| !member.is_learner).map(|member| member.id).collect();
+            voters.contains(&process.id).then_some(voters)
+        });
+        let waits_for_ever = |known: &[u64]| 2 * known.iter().filter(|id| has_ended(**id)).count() >= known.len();
+        voters.next().is_some_and(|known| waits_for_ever(&known) && voters.all(|known| waits_for_ever(&known)))
     }
 
     /// Who is where, for who asks why there is no healing.
@@ -814,11 +820,16 @@ impl World {
         self.ops.iter().all(|op| op.done)
     }
 
-    /// The last looks, when all is quiet.
-    pub fn finish(&mut self) {
+    /// What was refused has not come to pass after all.
+    pub fn finish_refused(&mut self) {
         for id in std::mem::take(&mut self.refused) {
             self.truth.refused(id);
         }
+    }
+
+    /// The last looks, when all is quiet.
+    pub fn finish(&mut self) {
+        self.finish_refused();
         let members = self.membership().expect("the cluster has healed");
         let mut hashes = BTreeSet::new();
         for member in members.iter() {
