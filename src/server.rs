@@ -520,7 +520,7 @@ async fn publish(server: &Arc<api::Server>, config: &Config, runtime: usize) -> 
             Err(_) => tracing::info!("this member is not published yet; trying again"),
         }
     }
-    if let Some((term, _)) = server.raft_status.leads_alone() {
+    if let Some(term) = server.raft_status.leads_alone() {
         // Before clients come in, as nobody else has to be asked.
         if let Err(e) = versions::look(server, term, runtime).await {
             tracing::warn!("the cluster version could not be set yet: {e}; trying again");

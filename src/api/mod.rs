@@ -183,7 +183,8 @@ impl Server {
 
     /// A view that shows every write acknowledged before the call (D-8).
     pub async fn linearizable_view(&self, runtime: usize) -> Result<Arc<View>, Error> {
-        if let Some(view) = self.sole_leader_view() {
+        let view = self.view.load_full();
+        if self.raft_status.needs_no_round(view.applied_term, view.applied_index) {
             return Ok(view);
         }
         let deadline = Instant::now() + self.settings.request_timeout;
@@ -207,14 +208,6 @@ impl Server {
             self.metrics.reads_slow.fetch_add(1, Ordering::Relaxed);
         }
         view
-    }
-
-    /// The only member, leading with an entry of its term applied, needs no round: nothing is acknowledged elsewhere. What was
-    /// before it was alone must be applied, too. A learner counts: it takes no writes of clients, but that is not decided here.
-    fn sole_leader_view(&self) -> Option<Arc<View>> {
-        let (term, from) = self.raft_status.leads_alone()?;
-        let view = self.view.load_full();
-        (view.applied_term == term && view.applied_index >= from).then_some(view)
     }
 
     /// Reads from `view`, and from the newest one if clean-up has meanwhile taken rows that `view` still names.

@@ -124,12 +124,17 @@ impl Status {
         }
     }
 
-    /// The term this member leads alone in, and an index: the current view is linearizable once an entry of that term and
-    /// that index are applied, and no round is needed.
-    pub fn leads_alone(&self) -> Option<(u64, u64)> {
+    /// The term this member leads alone in.
+    pub fn leads_alone(&self) -> Option<u64> {
         let term = self.term.load(Acquire);
-        let leads = self.is_leader.load(Relaxed) && self.is_alone.load(Relaxed);
-        leads.then(|| (term, self.alone_from.load(Relaxed)))
+        (self.is_leader.load(Relaxed) && self.is_alone.load(Relaxed)).then_some(term)
+    }
+
+    /// Whether who has applied so much may answer without a round: the only member, leading with an entry of its term
+    /// applied. Nothing is acknowledged elsewhere, and what was before it was alone is applied, too. A learner counts: it
+    /// takes no writes of clients, but that is not decided here.
+    pub fn needs_no_round(&self, applied_term: u64, applied_index: u64) -> bool {
+        self.leads_alone() == Some(applied_term) && applied_index >= self.alone_from.load(Relaxed)
     }
 
     /// Waits until `done` holds of a reading.

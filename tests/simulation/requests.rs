@@ -343,13 +343,8 @@ impl World {
                 if raft.is_learner {
                     return self.respond(op, Answer::Range(Err(Error::NotLeader)));
                 }
-                // As the server: the only member needs no round.
                 let view = process.view.load_full();
-                let alone = raft.is_leader
-                    && raft.is_alone
-                    && view.applied_term == raft.term
-                    && view.applied_index >= raft.alone_from;
-                if alone {
+                if process.status.needs_no_round(view.applied_term, view.applied_index) {
                     return self.read(m, op, &req);
                 }
                 let (reply, answer) = Reply::new(0);
