@@ -29,7 +29,7 @@ use tokio::sync::oneshot;
 
 use super::{
     client::{Client, Op},
-    member::{Arrived, MIN_TTL, Member, Process, Receiving, state_hash},
+    member::{Arrived, MIN_TTL, Member, Process, Receiving, TOOK_BACK, state_hash},
     plan::{Config, LATE, MS, Plan, SECOND, TICK},
     truth::Truth,
     turns::write,
@@ -401,7 +401,8 @@ impl World {
         let seed = self.plan.seed;
         let (config, now, instant) = (self.plan.config.clone(), self.now, self.instant());
         let first = std::mem::take(&mut self.first);
-        let started = self.members[m].start(&config, &first, now, instant, seed);
+        let others_hold = self.members[m].had_synced.is_some_and(|held| self.others_hold(m, held.last));
+        let started = self.members[m].start(&config, &first, now, instant, others_hold, seed);
         self.first = first;
         let member = &mut self.members[m];
         member.restart_at = None;
@@ -433,14 +434,26 @@ impl World {
                     return self.restart_after(m, at - now + MS);
                 }
                 assert!(member.may_refuse || reason == "removed", "m{m} does not start any more: {reason}");
-                if reason != "removed" {
-                    self.mark("damaged data is refused at start");
+                match reason.as_str() {
+                    "removed" => {}
+                    TOOK_BACK => self.mark("a log that lost what nobody else may hold is not started"),
+                    _ => self.mark("damaged data is refused at start"),
                 }
                 self.say(|| format!("m{m} refuses to start: {reason}"));
                 self.members[m].lost = Some(reason);
                 self.after(100 * MS, Event::Replace(m));
             }
         }
+    }
+
+    /// Whether all other voters are up and have applied everything up to `index`: it is durable in each of their logs.
+    fn others_hold(&self, m: usize, index: u64) -> bool {
+        let Some(members) = self.membership() else { return false };
+        let mut others = members.iter().filter(|member| !member.is_learner && member.id != self.members[m].id);
+        others.all(|member| {
+            let process = self.index_of(member.id).and_then(|m| self.members[m].process.as_ref());
+            process.is_some_and(|process| process.applied() >= index)
+        })
     }
 
     /// The process ends. With `power` the disk keeps what was synced, and of the rest what the seed says.
