@@ -120,7 +120,6 @@ impl World {
         }
         let member = self.clients[c].member;
         let kind = self.choose(c);
-        self.stats.calls += 1;
         let op = self.begin(Some(c), member, kind.clone());
         self.say(|| format!("client {c} asks m{member}, operation {op}: {}", shown(&kind)));
         self.clients[c].op = Some(op);
@@ -347,6 +346,8 @@ impl World {
             _ => {}
         }
         if let Some(c) = client {
+            // Who hears nothing does not count.
+            self.stats.calls += u64::from(!matches!(answer, Answer::Broken));
             let unanswered = matches!(
                 answer,
                 Answer::Broken

@@ -35,7 +35,7 @@ impl World {
         }
     }
 
-    /// Whether there was anything to do.
+    /// Whether it does anything to anybody.
     fn carry_out(&mut self, fault: Fault) -> bool {
         let now = self.now;
         let fault = fault.of(self.members.len());
@@ -56,23 +56,23 @@ impl World {
             }
             Fault::SlowDisk { member, each, for_ } => {
                 self.members[member].slow = (each, now + for_);
-                true
+                self.is_up(member)
             }
             Fault::SlowApply { member, each, for_ } => {
                 self.members[member].slow_apply = (each, now + for_);
-                true
+                self.is_up(member)
             }
             Fault::DiskError { member, sync } => {
                 let kind = if sync { DiskFault::Sync } else { DiskFault::Write };
                 self.members[member].disk.fail(kind, 1);
-                true
+                self.is_up(member)
             }
             Fault::DiskFull { member, for_ } => {
                 let room = self.rng.random_range(0..3_000);
                 self.members[member].disk.set_room(Some(room));
                 self.members[member].full_until = now + for_;
                 self.after(for_, Event::RoomAgain(member));
-                true
+                self.is_up(member)
             }
             Fault::FlipLog { member, place, down } => {
                 let is_done = self.destroy(member, down, |disk, begin| flip(disk, begin, place));

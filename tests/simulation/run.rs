@@ -120,7 +120,7 @@ pub fn quiet() {
     });
 }
 
-/// Clients go on until there were so many calls.
+/// Clients go on until so many calls were answered.
 const LEAST_CALLS: u64 = 300;
 
 /// How long leases may live when nobody keeps them: the longest time to live, an election, and a revocation that got lost.
