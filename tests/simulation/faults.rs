@@ -4,7 +4,7 @@ use std::path::Path;
 
 use actd::{
     apply,
-    cluster::Change,
+    cluster::{Change, Members},
     raft,
     wal::{
         disk::{Disk, Open},
@@ -138,13 +138,22 @@ impl World {
                 }
                 is_cleaning
             }
-            Fault::AddLearner => self.add_member(),
+            Fault::AddLearner => {
+                let may =
+                    |members: Members| members.iter().count() < 6 && !members.iter().any(|member| member.is_learner);
+                let may = self.membership().is_some_and(may);
+                if may {
+                    self.add_member();
+                }
+                may
+            }
             Fault::Promote => self.promote(),
             Fault::Remove { member } => self.remove(member, 2),
             Fault::Shrink { to } => self.shrink(to),
-            Fault::Clock { member, ahead_ms } => {
-                self.members[member].clock_ms += ahead_ms;
-                true
+            Fault::Clock { member, by_ms } => {
+                let clock = &mut self.members[member].clock_ms;
+                *clock = clock.saturating_add_signed(by_ms);
+                self.is_up(member)
             }
         }
     }
@@ -209,11 +218,7 @@ impl World {
     }
 
     /// A new member, first as a learner. It starts before or after the others know of it.
-    fn add_member(&mut self) -> bool {
-        let Some(members) = self.membership() else { return false };
-        if members.iter().count() >= 6 || members.iter().any(|member| member.is_learner) {
-            return false;
-        }
+    fn add_member(&mut self) -> usize {
         self.next_member += 1;
         let id = self.next_member << 32 | self.next_member;
         self.members.push(Member::new(id, true));
@@ -223,7 +228,7 @@ impl World {
         let delay = self.draw((10 * MS, 2 * SECOND));
         self.restart_after(m, delay);
         self.mark("learner added");
-        true
+        m
     }
 
     /// A learner that has come far enough becomes a voter.
@@ -280,20 +285,49 @@ impl World {
         may
     }
 
-    /// A member whose data is lost leaves for good; a new one comes in its place.
+    /// A member whose data is lost leaves for good; a new one comes in its place, and votes once it has come far enough. Any of
+    /// these changes may fail, so each is asked for until it is there.
     pub fn replace(&mut self, m: usize) {
-        let id = self.members[m].id;
-        let Some(members) = self.membership() else { return self.after(200 * MS, Event::Replace(m)) };
-        if members.get(id).is_some() {
-            self.change(Change::Remove(id));
-            return self.after(SECOND, Event::Replace(m));
+        if self.members[m].lost.as_deref() == Some(REMOVED) {
+            return;
         }
-        if self.members[m].lost.as_deref() != Some("removed") && !members.iter().any(|member| member.is_learner) {
-            self.members[m].lost = Some("removed".to_owned());
-            self.add_member();
+        self.after(SECOND, Event::Replace(m));
+        let id = self.members[m].id;
+        let Some(members) = self.membership() else { return };
+        if members.get(id).is_some() {
+            return self.change(Change::Remove(id));
+        }
+        let learners = members.iter().filter(|member| member.is_learner).count();
+        let Some(new) = self.members[m].replaced_by else {
+            if learners == 0 {
+                self.members[m].replaced_by = Some(self.add_member());
+            } else {
+                self.promote();
+            }
+            return;
+        };
+        let new = self.members[new].id;
+        match members.get(new) {
+            None => self.change(Change::Add(cluster_member(new, true))),
+            Some(member) if member.is_learner => drop(self.promote()),
+            Some(_) => {
+                self.members[m].lost = Some(REMOVED.to_owned());
+                self.mark("a lost member is replaced");
+            }
         }
     }
+
+    /// Whoever lost its data is replaced, and nobody is about to find that it has.
+    pub fn is_whole(&self) -> bool {
+        self.members.iter().all(|member| match &member.lost {
+            Some(reason) => reason == REMOVED,
+            None => member.restart_at.is_none(),
+        })
+    }
 }
+
+/// Why a member is down for good, once nobody has to care.
+pub const REMOVED: &str = "removed";
 
 const LOG: &str = "/member/wal";
 

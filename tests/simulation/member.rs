@@ -47,6 +47,7 @@ use bytes::Bytes;
 use tokio::sync::oneshot;
 
 use super::{
+    faults::REMOVED,
     plan::{Config, ELECTION, ELECTION_TICKS, MS, REQUEST_TIMEOUT, TICK},
     world::OpId,
 };
@@ -153,6 +154,8 @@ pub struct Member {
     pub clock_ms: u64,
     /// Why it does not start any more, and must be replaced.
     pub lost: Option<String>,
+    /// Who takes its place.
+    pub replaced_by: Option<usize>,
     /// Its data was damaged on purpose, so it may refuse to start.
     pub may_refuse: bool,
     /// A bit of its log was flipped since it ran last.
@@ -182,6 +185,7 @@ impl Member {
             full_until: 0,
             clock_ms: 1_800_000_000_000,
             lost: None,
+            replaced_by: None,
             may_refuse: false,
             is_flipped: false,
             is_store_broken: false,
@@ -259,7 +263,7 @@ impl Member {
             }
         }
         if core.members().is_removed(self.id) {
-            return Err("removed".to_owned());
+            return Err(REMOVED.to_owned());
         }
         let applied_index = core.applied_index();
         let recovered_entries = found.entries.clone();

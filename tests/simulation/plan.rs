@@ -174,10 +174,10 @@ pub enum Fault {
     Shrink {
         to: usize,
     },
-    /// The clock that seeds request ids is set.
+    /// The clock that seeds request ids is set, forward or back.
     Clock {
         member: usize,
-        ahead_ms: u64,
+        by_ms: i64,
     },
 }
 
@@ -342,7 +342,7 @@ fn faults(rng: &mut StdRng, members: usize, until: u64, focus: Focus) -> Vec<Tim
         weights = (0..KINDS).map(|kind| u32::from(kinds.contains(&kind))).collect();
     }
     let all: u32 = weights.iter().sum();
-    let count = rng.random_range(6..=if focus == Focus::Nothing { 14 } else { 20 });
+    let count = rng.random_range(8..=if focus == Focus::Nothing { 14 } else { 20 });
     let mut times: Vec<u64> = (0..count).map(|_| rng.random_range(SECOND..until)).collect();
     times.sort_unstable();
     let faults = times.into_iter().map(|at| {
@@ -391,7 +391,10 @@ fn fault(rng: &mut StdRng, kind: usize, members: usize) -> Fault {
         SLOW_APPLY => Fault::SlowApply { member, each: rng.random_range(10..600) * MS, for_ },
         16 => Fault::Stop { member },
         17 => Fault::StoreError { member, sync: rng.random_bool(0.3) },
-        14 => Fault::Clock { member, ahead_ms: rng.random_range(0..10_000_000) },
+        14 => {
+            let most = if rng.random_bool(0.5) { 10_000_000 } else { 20_000 };
+            Fault::Clock { member, by_ms: rng.random_range(-most..most) }
+        }
         _ => Fault::Crash { member, power: rng.random_bool(0.7), down },
     }
 }

@@ -191,6 +191,9 @@ fn live(world: &mut World) -> bool {
     if !reach(world, HEAL, busy, "clients do not get on") {
         return false;
     }
+    if !reach(world, HEAL, World::is_whole, "lost members are not replaced") {
+        return false;
+    }
     let end = world.now + HEAL;
     world.is_closing = true;
     let left = |world: &World| end.saturating_sub(world.now);
@@ -228,6 +231,7 @@ fn live(world: &mut World) -> bool {
     }
     // A member that was replaced late may still have been on its way.
     assert!(world.is_healed(), "the cluster does not stay healed: {}", world.describe());
+    assert!(world.is_whole(), "a lost member is not replaced: {}", world.describe());
     world.finish();
     true
 }

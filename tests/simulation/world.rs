@@ -29,6 +29,7 @@ use tokio::sync::oneshot;
 
 use super::{
     client::{Client, Op},
+    faults::REMOVED,
     member::{Arrived, MIN_TTL, Member, Process, Receiving, TOOK_BACK, state_hash},
     plan::{Config, LATE, MS, Plan, SECOND, TICK},
     truth::Truth,
@@ -361,7 +362,7 @@ impl World {
             Event::Removed(m, _) => {
                 self.say(|| format!("m{m} stops: it was removed"));
                 self.crash(m, false);
-                self.members[m].lost = Some("removed".to_owned());
+                self.members[m].lost = Some(REMOVED.to_owned());
             }
             Event::Replace(m) => self.replace(m),
             Event::Shrink(to) => {
@@ -433,9 +434,9 @@ impl World {
                     let at = member.full_until.max(now + 100 * MS);
                     return self.restart_after(m, at - now + MS);
                 }
-                assert!(member.may_refuse || reason == "removed", "m{m} does not start any more: {reason}");
+                assert!(member.may_refuse || reason == REMOVED, "m{m} does not start any more: {reason}");
                 match reason.as_str() {
-                    "removed" => {}
+                    REMOVED => {}
                     TOOK_BACK => self.mark("a log that lost what nobody else may hold is not started"),
                     _ => self.mark("damaged data is refused at start"),
                 }
