@@ -311,6 +311,21 @@ impl World {
                     self.clients[client].lease = Some((grant.id, until));
                 }
             }
+            (Kind::Change(_), Answer::Outcome(outcome)) => {
+                let id = request.expect("it was proposed");
+                match outcome {
+                    Ok(Response::Members(members)) => self.truth.changed(id, floor, Ok(members)),
+                    Err(Error::Member(refusal)) => {
+                        self.mark("a membership change is refused");
+                        self.truth.changed(id, floor, Err(*refusal));
+                    }
+                    Err(
+                        Error::DeadlineExceeded | Error::NotLeader | Error::ProposalDropped | Error::TooManyRequests,
+                    ) => self.is_refused(id),
+                    Err(Error::Timeout | Error::Stopped) => {}
+                    other => panic!("no membership change should hear this: {other:?}"),
+                }
+            }
             (Kind::Read(req), Answer::Range(Ok(answer))) => {
                 self.truth.read(req, floor, answer);
                 revision = answer.header.as_ref().map(|h| h.revision);
