@@ -852,6 +852,7 @@ impl World {
             assert_eq!(view.kv.compact_revision, model.compacted, "m{m} compacted elsewhere");
             hashes.insert(state_hash(&view, &*self.process(m).in_use));
             self.check_conf_state(m);
+            self.check_sizes(m);
             let id = self.members[m].id;
             let index = view.applied_index;
             self.truth.members(id, index, &view.members);
