@@ -18,7 +18,7 @@ use bytes::Bytes;
 use super::{
     member::{Job, Process, Seen},
     plan::{MS, SECOND, TICK},
-    world::{Event, World},
+    world::{Event, World, hashed},
 };
 
 impl World {
@@ -241,7 +241,7 @@ impl World {
         for one in seen {
             match one {
                 Seen::Entry { index, term, data, conf_change } => {
-                    self.note(&[index, term, data.len() as u64]);
+                    self.note(&[index, term, hashed(&data)]);
                     self.truth.applied(id, index, term, &data, conf_change);
                 }
                 Seen::State { index, hash, members } => {

@@ -596,7 +596,11 @@ impl World {
             }
             return;
         }
-        self.note(&[from, message.r#type() as u64, message.term(), message.index()]);
+        let (commit, reject, hint) = (message.commit(), u64::from(message.reject()), message.reject_hint());
+        self.note(&[from, message.r#type() as u64, message.term(), message.index(), commit, reject, hint]);
+        for entry in &message.entries {
+            self.note(&[entry.index(), entry.term(), hashed(entry.data())]);
+        }
         if self.timeline.is_some() && message.r#type() != MessageType::MsgHeartbeat {
             let (kind, term, index) = (message.r#type(), message.term(), message.index());
             let from = self.index_of(from).unwrap_or(99);
@@ -862,6 +866,13 @@ impl World {
             watcher.finish(&self.truth.model, self.is_reported);
         }
     }
+}
+
+/// For the digest.
+pub fn hashed(bytes: &[u8]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    hasher.write(bytes);
+    hasher.finish()
 }
 
 pub fn cluster_member(id: u64, is_learner: bool) -> ClusterMember {
