@@ -148,7 +148,6 @@ impl World {
         }
         let member = self.clients[c].member;
         let kind = self.choose(c);
-        self.stats.calls += 1;
         let op = self.begin(Some(c), member, kind.clone());
         self.say(|| format!("client {c} asks m{member}, operation {op}: {}", shown(&kind)));
         self.clients[c].op = Some(op);
@@ -340,6 +339,21 @@ impl World {
                     self.clients[client].lease = Some((grant.id, until));
                 }
             }
+            (Kind::Change(_), Answer::Outcome(outcome)) => {
+                let id = request.expect("it was proposed");
+                match outcome {
+                    Ok(Response::Members(members)) => self.truth.changed(id, floor, Ok(members)),
+                    Err(Error::Member(refusal)) => {
+                        self.mark("a membership change is refused");
+                        self.truth.changed(id, floor, Err(*refusal));
+                    }
+                    Err(
+                        Error::DeadlineExceeded | Error::NotLeader | Error::ProposalDropped | Error::TooManyRequests,
+                    ) => self.is_refused(id),
+                    Err(Error::Timeout | Error::Stopped) => {}
+                    other => panic!("no membership change should hear this: {other:?}"),
+                }
+            }
             (Kind::Read(req), Answer::Range(Ok(answer))) => {
                 self.truth.read(req, floor, answer);
                 revision = answer.header.as_ref().map(|h| h.revision);
@@ -393,6 +407,8 @@ impl World {
             _ => {}
         }
         if let Some(c) = client {
+            // Who hears nothing does not count.
+            self.stats.calls += u64::from(!matches!(answer, Answer::Broken));
             let unanswered = matches!(
                 answer,
                 Answer::Broken

@@ -4,10 +4,10 @@ use std::path::Path;
 
 use actd::{
     apply,
-    cluster::Change,
+    cluster::{Change, Members},
     raft,
     wal::{
-        disk::Disk,
+        disk::{Disk, Open},
         sim::{Fault as DiskFault, SimDisk},
     },
 };
@@ -35,7 +35,7 @@ impl World {
         }
     }
 
-    /// Whether there was anything to do.
+    /// Whether it does anything to anybody.
     fn carry_out(&mut self, fault: Fault) -> bool {
         let now = self.now;
         let fault = fault.of(self.members.len());
@@ -56,48 +56,38 @@ impl World {
             }
             Fault::SlowDisk { member, each, for_ } => {
                 self.members[member].slow = (each, now + for_);
-                true
+                self.is_up(member)
             }
             Fault::SlowApply { member, each, for_ } => {
                 self.members[member].slow_apply = (each, now + for_);
-                true
+                self.is_up(member)
             }
             Fault::DiskError { member, sync } => {
                 let kind = if sync { DiskFault::Sync } else { DiskFault::Write };
                 self.members[member].disk.fail(kind, 1);
-                true
+                self.is_up(member)
             }
             Fault::DiskFull { member, for_ } => {
                 let room = self.rng.random_range(0..3_000);
                 self.members[member].disk.set_room(Some(room));
                 self.members[member].full_until = now + for_;
                 self.after(for_, Event::RoomAgain(member));
-                true
+                self.is_up(member)
             }
             Fault::FlipLog { member, place, down } => {
-                if !self.may_lose(member) || !self.is_up(member) {
-                    return false;
-                }
-                self.crash_for(member, true, down);
-                if flip(&self.members[member].disk, place) {
-                    self.members[member].may_refuse = true;
+                let is_done = self.destroy(member, down, |disk, begin| flip(disk, begin, place));
+                if is_done {
                     self.members[member].is_flipped = true;
                     self.mark("a bit of the log flipped");
                 }
-                true
+                is_done
             }
-            Fault::LoseSyncs { member, down } => {
-                if !self.may_lose(member) || !self.is_up(member) {
-                    return false;
-                }
-                let last = self.process(member).reading().last_index;
-                self.crash_for(member, true, down);
-                if lose_syncs(&mut self.members[member]) {
-                    self.members[member].had_synced = Some(last);
-                    self.members[member].may_refuse = true;
+            Fault::LoseSyncs { member, sectors, down } => {
+                let is_done = self.destroy(member, down, |disk, _| lose_syncs(disk, sectors));
+                if is_done {
                     self.mark("a log lost what was synced");
                 }
-                true
+                is_done
             }
             Fault::Transfer { to } => {
                 let id = self.members[to].id;
@@ -150,13 +140,22 @@ impl World {
                 }
                 is_cleaning
             }
-            Fault::AddLearner => self.add_member(),
+            Fault::AddLearner => {
+                let may =
+                    |members: Members| members.iter().count() < 6 && !members.iter().any(|member| member.is_learner);
+                let may = self.membership().is_some_and(may);
+                if may {
+                    self.add_member();
+                }
+                may
+            }
             Fault::Promote => self.promote(),
             Fault::Remove { member } => self.remove(member, 2),
             Fault::Shrink { to } => self.shrink(to),
-            Fault::Clock { member, ahead_ms } => {
-                self.members[member].clock_ms += ahead_ms;
-                true
+            Fault::Clock { member, by_ms } => {
+                let clock = &mut self.members[member].clock_ms;
+                *clock = clock.saturating_add_signed(by_ms);
+                self.is_up(member)
             }
         }
     }
@@ -176,6 +175,25 @@ impl World {
             self.restart_after(m, down);
         }
         was_up
+    }
+
+    /// The power goes, and with it something of the log. Data is destroyed on one member in a run, so on a minority.
+    fn destroy(&mut self, m: usize, down: u64, how: impl FnOnce(&SimDisk, u64) -> Option<()>) -> bool {
+        let is_first = self.members.iter().all(|member| !member.may_refuse);
+        if !is_first || !self.may_lose(m) || !self.is_up(m) {
+            return false;
+        }
+        self.crash_for(m, true, down);
+        let config = self.plan.config.clone();
+        let member = &mut self.members[m];
+        // Whoever does not start as it is has nothing to lose.
+        let Some(held) = member.held(&config) else { return false };
+        let is_done = how(&member.disk, held.begin).is_some();
+        if is_done {
+            member.had_synced = Some(held);
+            member.may_refuse = true;
+        }
+        is_done
     }
 
     /// A cluster goes on without a member's data only if all others have theirs.
@@ -202,11 +220,7 @@ impl World {
     }
 
     /// A new member, first as a learner. It starts before or after the others know of it.
-    fn add_member(&mut self) -> bool {
-        let Some(members) = self.membership() else { return false };
-        if members.iter().count() >= 6 || members.iter().any(|member| member.is_learner) {
-            return false;
-        }
+    fn add_member(&mut self) -> usize {
         self.next_member += 1;
         let id = self.next_member << 32 | self.next_member;
         self.members.push(Member::new(id, true));
@@ -216,7 +230,7 @@ impl World {
         let delay = self.draw((10 * MS, 2 * SECOND));
         self.restart_after(m, delay);
         self.mark("learner added");
-        true
+        m
     }
 
     /// A learner that has come far enough becomes a voter.
@@ -273,53 +287,101 @@ impl World {
         may
     }
 
-    /// A member whose data is lost leaves for good; a new one comes in its place.
+    /// A member whose data is lost leaves for good; a new one comes in its place, and votes once it has come far enough. Any of
+    /// these changes may fail, so each is asked for until it is there.
     pub fn replace(&mut self, m: usize) {
-        let id = self.members[m].id;
-        let Some(members) = self.membership() else { return self.after(200 * MS, Event::Replace(m)) };
-        if members.get(id).is_some() {
-            self.change(Change::Remove(id));
-            return self.after(SECOND, Event::Replace(m));
+        if self.members[m].lost.as_deref() == Some(REMOVED) {
+            return;
         }
-        if self.members[m].lost.as_deref() != Some("removed") && !members.iter().any(|member| member.is_learner) {
-            self.members[m].lost = Some("removed".to_owned());
-            self.add_member();
+        self.after(SECOND, Event::Replace(m));
+        let id = self.members[m].id;
+        let Some(members) = self.membership() else { return };
+        if members.get(id).is_some() {
+            return self.change(Change::Remove(id));
+        }
+        let learners = members.iter().filter(|member| member.is_learner).count();
+        let Some(new) = self.members[m].replaced_by else {
+            if learners == 0 {
+                self.members[m].replaced_by = Some(self.add_member());
+            } else {
+                self.promote();
+            }
+            return;
+        };
+        let new = self.members[new].id;
+        match members.get(new) {
+            None => self.change(Change::Add(cluster_member(new, true))),
+            Some(member) if member.is_learner => drop(self.promote()),
+            Some(_) => {
+                self.members[m].lost = Some(REMOVED.to_owned());
+                self.mark("a lost member is replaced");
+            }
         }
     }
+
+    /// Whoever lost its data is replaced, and nobody is about to find that it has.
+    pub fn is_whole(&self) -> bool {
+        self.members.iter().all(|member| match &member.lost {
+            Some(reason) => reason == REMOVED,
+            None => member.restart_at.is_none(),
+        })
+    }
 }
+
+/// Why a member is down for good, once nobody has to care.
+pub const REMOVED: &str = "removed";
 
 const LOG: &str = "/member/wal";
 
-/// Flips a bit in the older half of a log: in what was synced long ago.
-fn flip(disk: &SimDisk, place: u64) -> bool {
-    let Some((path, mut bytes)) = newest_segment(disk) else { return false };
-    let end = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
-    // Not in the last records: whoever has not synced them may lose them.
-    if end < 2_000 {
-        return false;
+/// Flips a bit in what a start reads: from the segment of the snapshot record on.
+fn flip(disk: &SimDisk, begin: u64, place: u64) -> Option<()> {
+    let mut paths = segments(disk)?;
+    let first = paths.iter().rposition(|(_, index)| *index <= begin)?;
+    let written = paths.drain(first..).map(|(path, _)| {
+        let bytes = disk.read(Path::new(&path)).ok()?;
+        Some((path, written_end(&bytes), bytes))
+    });
+    let written: Vec<_> = written.collect::<Option<_>>()?;
+    let all: usize = written.iter().map(|(_, end, _)| end).sum();
+    let mut at = place as usize % all.max(1);
+    for (path, end, mut bytes) in written {
+        if at < end {
+            bytes[at] ^= 1 << (place >> 61);
+            return overwrite(disk, &path, &bytes);
+        }
+        at -= end;
     }
-    let at = place as usize % (end / 2);
-    bytes[at] ^= 1 << (place >> 61);
-    disk.write(Path::new(&path), &bytes).is_ok()
+    None
 }
 
-fn newest_segment(disk: &SimDisk) -> Option<(String, Vec<u8>)> {
-    disk.set_room(None);
+/// The last sectors of the log are as if they had never been written, though the store may have what they led to.
+fn lose_syncs(disk: &SimDisk, sectors: usize) -> Option<()> {
+    let (path, _) = segments(disk)?.pop()?;
+    let mut bytes = disk.read(Path::new(&path)).ok()?;
+    let end = written_end(&bytes);
+    let from = (end.div_ceil(SECTOR)).saturating_sub(sectors) * SECTOR;
+    bytes[from..end].fill(0);
+    overwrite(disk, &path, &bytes)
+}
+
+const SECTOR: usize = 512;
+
+fn written_end(bytes: &[u8]) -> usize {
+    bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1)
+}
+
+/// Paths of the segments, oldest first, and the index after which each begins.
+fn segments(disk: &SimDisk) -> Option<Vec<(String, u64)>> {
     let mut names = disk.list(Path::new(LOG)).ok()?;
     names.retain(|name| name.ends_with(".wal"));
     names.sort();
-    let path = format!("{LOG}/{}", names.last()?);
-    let bytes = disk.read(Path::new(&path)).ok()?;
-    Some((path, bytes))
+    let index = |name: &str| u64::from_str_radix(name.strip_suffix(".wal")?.split_once('-')?.1, 16).ok();
+    names.into_iter().map(|name| Some((format!("{LOG}/{name}"), index(&name)?))).collect()
 }
 
-/// The end of the log is as if it had never been written, though the store has what it led to.
-fn lose_syncs(member: &mut Member) -> bool {
-    let Some((path, mut bytes)) = newest_segment(&member.disk) else { return false };
-    let end = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
-    if end < 2_000 {
-        return false;
-    }
-    bytes[end / 2..].fill(0);
-    member.disk.write(Path::new(&path), &bytes).is_ok()
+/// In place, so that it takes no room.
+fn overwrite(disk: &SimDisk, path: &str, bytes: &[u8]) -> Option<()> {
+    let mut file = disk.open(Path::new(path), Open::Existing).ok()?;
+    file.write_at(0, bytes).ok()?;
+    file.sync().ok().map(drop)
 }

@@ -47,6 +47,7 @@ use bytes::Bytes;
 use tokio::sync::oneshot;
 
 use super::{
+    faults::REMOVED,
     plan::{Config, ELECTION, ELECTION_TICKS, MS, REQUEST_TIMEOUT, TICK},
     world::OpId,
 };
@@ -116,6 +117,25 @@ impl Stores {
     }
 }
 
+/// What others count on as long as a log holds it: its last entry, the term and its vote in it. And where a start begins.
+#[derive(Clone, Copy, PartialEq)]
+pub struct Held {
+    pub begin: u64,
+    pub last: u64,
+    state: (u64, u64),
+}
+
+impl Held {
+    fn of(found: &wal::Recovered) -> Self {
+        let begin = found.snapshot.index();
+        let last = found.entries.last().map_or(begin, raftpb::Entry::index);
+        Self { begin, last, state: (found.hard_state.term(), found.hard_state.vote()) }
+    }
+}
+
+/// Why a member with a damaged log is replaced without a start.
+pub const TOOK_BACK: &str = "its disk took back what was synced";
+
 pub struct Member {
     pub id: u64,
     pub disk: SimDisk,
@@ -134,6 +154,8 @@ pub struct Member {
     pub clock_ms: u64,
     /// Why it does not start any more, and must be replaced.
     pub lost: Option<String>,
+    /// Who takes its place.
+    pub replaced_by: Option<usize>,
     /// Its data was damaged on purpose, so it may refuse to start.
     pub may_refuse: bool,
     /// A bit of its log was flipped since it ran last.
@@ -142,8 +164,8 @@ pub struct Member {
     pub is_store_broken: bool,
     /// What a tick takes by its clock, in hundredths.
     pub skew: u64,
-    /// Its log lost what it had synced, up to this index.
-    pub had_synced: Option<u64>,
+    /// What its log held before it was damaged.
+    pub had_synced: Option<Held>,
     /// It begins as part of a running cluster.
     pub joins: bool,
     pub restart_at: Option<u64>,
@@ -163,6 +185,7 @@ impl Member {
             full_until: 0,
             clock_ms: 1_800_000_000_000,
             lost: None,
+            replaced_by: None,
             may_refuse: false,
             is_flipped: false,
             is_store_broken: false,
@@ -180,17 +203,26 @@ impl Member {
         options
     }
 
+    /// What a start would find in the log of a member that is down.
+    pub fn held(&self, config: &Config) -> Option<Held> {
+        let (log, found) = Wal::open(self.wal_options(config)).ok()?;
+        log.close().ok()?;
+        Some(Held::of(&found))
+    }
+
     pub fn stores(&self) -> MutexGuard<'_, Stores> {
         self.stores.lock().expect("no holder of this lock panics")
     }
 
-    /// As the server opens its data: the first log if there is none, log and store checked against each other.
+    /// As the server opens its data: the first log if there is none, log and store checked against each other. If the others
+    /// hold what its log may have lost it may start without.
     pub fn start(
         &mut self,
         config: &Config,
         first: &[raftpb::Entry],
         now: u64,
         instant: Instant,
+        others_hold: bool,
         seed: u64,
     ) -> Result<Box<Process>, String> {
         let options = self.wal_options(config);
@@ -217,14 +249,21 @@ impl Member {
         };
         let core = apply::Core::open(in_use.clone(), settings.clone()).map_err(|e| e.to_string())?;
         server::fit(&found, core.applied_index()).map_err(|e| e.to_string())?;
-        // No log can notice that its disk took back what it had promised, unless the store knows of it. What becomes of a
-        // cluster then is not promised, so whoever runs it is taken to know his disk.
-        let last = found.entries.last().map_or(found.snapshot.index(), raftpb::Entry::index);
-        if self.had_synced.take().is_some_and(|synced| last < synced) {
-            return Err("its disk took back what was synced".to_owned());
+        // No log can notice that its disk took back what it had promised, unless the store knows of it. As long as others hold
+        // the entries its vote elects nobody wrong, and it is for the leader to notice. If not, or if its own vote is lost,
+        // what becomes of a cluster is not promised, so whoever runs it is taken to know his disk.
+        let holds = Held::of(&found);
+        if let Some(held) = self.had_synced.take() {
+            let has_lost = holds.last < held.last;
+            if holds.state != held.state || has_lost && !others_hold {
+                return Err(TOOK_BACK.to_owned());
+            }
+            if has_lost {
+                sim::mark("a member starts with a log that lost its end");
+            }
         }
         if core.members().is_removed(self.id) {
-            return Err("removed".to_owned());
+            return Err(REMOVED.to_owned());
         }
         let applied_index = core.applied_index();
         let recovered_entries = found.entries.clone();

@@ -144,9 +144,10 @@ pub enum Fault {
         place: u64,
         down: u64,
     },
-    /// The power goes, and the log is as it was some time ago, though it was synced.
+    /// The power goes, and the log's last sectors are as if they had never been written, though they were synced.
     LoseSyncs {
         member: usize,
+        sectors: usize,
         down: u64,
     },
     Transfer {
@@ -174,10 +175,10 @@ pub enum Fault {
     Shrink {
         to: usize,
     },
-    /// The clock that seeds request ids is set.
+    /// The clock that seeds request ids is set, forward or back.
     Clock {
         member: usize,
-        ahead_ms: u64,
+        by_ms: i64,
     },
 }
 
@@ -343,11 +344,9 @@ fn faults(rng: &mut StdRng, members: usize, until: u64, focus: Focus) -> Vec<Tim
         weights = (0..KINDS).map(|kind| u32::from(kinds.contains(&kind))).collect();
     }
     let all: u32 = weights.iter().sum();
-    let count = rng.random_range(6..=if focus == Focus::Nothing { 14 } else { 20 });
+    let count = rng.random_range(8..=if focus == Focus::Nothing { 14 } else { 20 });
     let mut times: Vec<u64> = (0..count).map(|_| rng.random_range(SECOND..until)).collect();
     times.sort_unstable();
-    // Data is destroyed on a minority at most, and on one member in a run.
-    let mut may_destroy = members >= 3;
     let faults = times.into_iter().map(|at| {
         let mut draw = rng.random_range(0..all.max(1));
         let kind = weights.iter().position(|weight| {
@@ -355,7 +354,7 @@ fn faults(rng: &mut StdRng, members: usize, until: u64, focus: Focus) -> Vec<Tim
             draw = draw.saturating_sub(*weight);
             hit
         });
-        let fault = fault(rng, kind.unwrap_or(0), members, &mut may_destroy);
+        let fault = fault(rng, kind.unwrap_or(0), members);
         Timed { at, fault }
     });
     faults.collect()
@@ -370,7 +369,7 @@ const SLOW_DISK: usize = 5;
 const TRANSFER: usize = 10;
 const SLOW_APPLY: usize = 15;
 
-fn fault(rng: &mut StdRng, kind: usize, members: usize, may_destroy: &mut bool) -> Fault {
+fn fault(rng: &mut StdRng, kind: usize, members: usize) -> Fault {
     // Two more than there are at first.
     let member = rng.random_range(0..members + 2);
     let down = rng.random_range(10..3_000) * MS;
@@ -383,14 +382,8 @@ fn fault(rng: &mut StdRng, kind: usize, members: usize, may_destroy: &mut bool) 
         SLOW_DISK => Fault::SlowDisk { member, each: rng.random_range(20..2_500) * MS, for_ },
         6 => Fault::DiskError { member, sync: rng.random_bool(0.5) },
         7 => Fault::DiskFull { member, for_ },
-        8 if *may_destroy => {
-            *may_destroy = false;
-            Fault::FlipLog { member, place: rng.next_u64(), down }
-        }
-        9 if *may_destroy => {
-            *may_destroy = false;
-            Fault::LoseSyncs { member, down }
-        }
+        8 if members >= 3 => Fault::FlipLog { member, place: rng.next_u64(), down },
+        9 if members >= 3 => Fault::LoseSyncs { member, sectors: rng.random_range(1..=3), down },
         TRANSFER => Fault::Transfer { to: member },
         11 => Fault::Defragment { member },
         12 if rng.random_bool(0.6) => Fault::AddLearner,
@@ -400,7 +393,10 @@ fn fault(rng: &mut StdRng, kind: usize, members: usize, may_destroy: &mut bool) 
         SLOW_APPLY => Fault::SlowApply { member, each: rng.random_range(10..600) * MS, for_ },
         16 => Fault::Stop { member },
         17 => Fault::StoreError { member, sync: rng.random_bool(0.3) },
-        14 => Fault::Clock { member, ahead_ms: rng.random_range(0..10_000_000) },
+        14 => {
+            let most = if rng.random_bool(0.5) { 10_000_000 } else { 20_000 };
+            Fault::Clock { member, by_ms: rng.random_range(-most..most) }
+        }
         _ => Fault::Crash { member, power: rng.random_bool(0.7), down },
     }
 }

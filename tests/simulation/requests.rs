@@ -299,16 +299,16 @@ impl World {
         (process.raft_tx.try_send(Input::Propose(proposal)).is_ok().then_some(answer), id)
     }
 
-    pub fn propose_change(&mut self, m: usize, change: &Change) -> Option<oneshot::Receiver<Outcome>> {
+    pub fn propose_change(&mut self, m: usize, change: &Change) -> (Option<oneshot::Receiver<Outcome>>, u64) {
         let deadline = self.instant() + Duration::from_micros(REQUEST_TIMEOUT);
         let process = self.process(m);
         let id = process.next_id();
         let data = Bytes::from(change.encode(id).encode_to_vec());
-        let permit = process.proposals.try_enter(data.len())?;
+        let Some(permit) = process.proposals.try_enter(data.len()) else { return (None, id) };
         let (reply, answer) = Reply::new(0);
         let ticket = Ticket { request: Box::default(), reply, deadline, permit };
         let proposal = Proposal { data, conf_change: true, id, as_leader_of: None, ticket };
-        process.raft_tx.try_send(Input::Propose(proposal)).is_ok().then_some(answer)
+        (process.raft_tx.try_send(Input::Propose(proposal)).is_ok().then_some(answer), id)
     }
 
     pub fn request(&mut self, op: OpId) {
@@ -355,10 +355,14 @@ impl World {
                 process.waiters.push(Waiter { answer, op });
             }
             Kind::Renew(_) => self.renew(m, op),
-            Kind::Change(change) => match self.propose_change(m, &change) {
-                Some(answer) => self.process(m).waiters.push(Waiter { answer, op }),
-                None => return self.respond(op, Answer::Broken),
-            },
+            Kind::Change(change) => {
+                let (answer, id) = self.propose_change(m, &change);
+                self.ops[op].request = Some(id);
+                match answer {
+                    Some(answer) => self.process(m).waiters.push(Waiter { answer, op }),
+                    None => return self.respond(op, Answer::Broken),
+                }
+            }
         }
         self.pump(m);
     }

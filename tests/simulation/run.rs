@@ -121,7 +121,7 @@ pub fn quiet() {
     });
 }
 
-/// Clients go on until there were so many calls.
+/// Clients go on until so many calls were answered.
 const LEAST_CALLS: u64 = 300;
 
 /// How long leases may live when nobody keeps them: the longest time to live, an election, and a revocation that got lost.
@@ -192,6 +192,9 @@ fn live(world: &mut World) -> bool {
     if !reach(world, HEAL, busy, "clients do not get on") {
         return false;
     }
+    if !reach(world, HEAL, World::is_whole, "lost members are not replaced") {
+        return false;
+    }
     let end = world.now + HEAL;
     world.is_closing = true;
     let left = |world: &World| end.saturating_sub(world.now);
@@ -233,6 +236,7 @@ fn live(world: &mut World) -> bool {
     }
     // A member that was replaced late may still have been on its way.
     assert!(world.is_healed(), "the cluster does not stay healed: {}", world.describe());
+    assert!(world.is_whole(), "a lost member is not replaced: {}", world.describe());
     world.finish();
     true
 }

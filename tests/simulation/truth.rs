@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use actd::{
     apply::{Error, Response},
-    cluster::Members,
+    cluster::{Members, Refusal},
     mvcc::hash::HashKv,
     pb::{
         etcdserverpb::{InternalRaftRequest, RangeRequest, RangeResponse},
@@ -30,28 +30,41 @@ impl Membership {
     /// The largest number of learners.
     const LEARNERS: usize = 2;
 
-    fn change(&mut self, change: &ConfChange) {
+    fn of(members: &Members) -> Self {
+        Self {
+            learners: members.iter().map(|member| (member.id, member.is_learner)).collect(),
+            removed: members.removed().collect(),
+        }
+    }
+
+    fn change(&mut self, change: &ConfChange) -> Result<(), Refusal> {
         let id = change.node_id();
-        let is_known = self.learners.contains_key(&id);
+        let known = self.learners.get(&id).copied();
         let learners = self.learners.values().filter(|is_learner| **is_learner).count();
-        match change.r#type() {
-            // A promotion is an addition of who is there as a learner.
-            ConfChangeType::ConfChangeAddNode if self.learners.get(&id) == Some(&true) => {
-                self.learners.insert(id, false);
+        let is_promote = str::from_utf8(change.context()).is_ok_and(|context| context.contains("\"isPromote\":true"));
+        if self.removed.contains(&id) {
+            return Err(Refusal::Removed);
+        }
+        match (change.r#type(), known) {
+            (ConfChangeType::ConfChangeAddNode, Some(true)) if is_promote => drop(self.learners.insert(id, false)),
+            (ConfChangeType::ConfChangeAddNode, Some(false)) if is_promote => return Err(Refusal::NotLearner),
+            (ConfChangeType::ConfChangeAddNode, None) if is_promote => return Err(Refusal::NotFound),
+            (ConfChangeType::ConfChangeAddNode | ConfChangeType::ConfChangeAddLearnerNode, Some(_)) => {
+                return Err(Refusal::Exists);
             }
-            _ if self.removed.contains(&id) => {}
-            ConfChangeType::ConfChangeAddNode if !is_known => {
-                self.learners.insert(id, false);
+            (ConfChangeType::ConfChangeAddNode, None) => drop(self.learners.insert(id, false)),
+            (ConfChangeType::ConfChangeAddLearnerNode, None) if learners >= Self::LEARNERS => {
+                return Err(Refusal::TooManyLearners);
             }
-            ConfChangeType::ConfChangeAddLearnerNode if !is_known && learners < Self::LEARNERS => {
-                self.learners.insert(id, true);
-            }
-            ConfChangeType::ConfChangeRemoveNode if is_known => {
+            (ConfChangeType::ConfChangeAddLearnerNode, None) => drop(self.learners.insert(id, true)),
+            (ConfChangeType::ConfChangeRemoveNode, Some(_)) => {
                 self.learners.remove(&id);
                 self.removed.insert(id);
             }
-            _ => {}
+            (ConfChangeType::ConfChangeRemoveNode, None) => return Err(Refusal::NotFound),
+            (kind, _) => panic!("nobody asks for {kind:?}"),
         }
+        Ok(())
     }
 }
 
@@ -66,6 +79,8 @@ pub struct Truth {
     pub model: Model,
     /// Outcome and index of each request, by its id.
     outcomes: HashMap<u64, (u64, Result<Response, Error>)>,
+    /// The same of each membership change; if it was done, the members stand at its index.
+    changes: HashMap<u64, (u64, Result<(), Refusal>)>,
     /// The entry that made each revision, and the revision after each entry.
     made_at: BTreeMap<i64, u64>,
     revision_after: BTreeMap<u64, i64>,
@@ -97,6 +112,7 @@ impl Truth {
             executed: 0,
             model: Model::new(min_ttl),
             outcomes: HashMap::new(),
+            changes: HashMap::new(),
             made_at: BTreeMap::from([(1, 0)]),
             revision_after: BTreeMap::from([(0, 1)]),
             compacted_after: BTreeMap::from([(0, -1)]),
@@ -138,8 +154,12 @@ impl Truth {
         if conf_change {
             let change = ConfChange::decode(data.clone()).expect("membership changes decode");
             let mut members = self.members.last_key_value().expect("there is a first").1.clone();
-            members.change(&change);
+            let outcome = members.change(&change);
             self.members.insert(index, members);
+            // The first entries of a cluster have no id.
+            let id = change.id();
+            let is_new = id == 0 || self.changes.insert(id, (index, outcome)).is_none();
+            assert!(is_new, "membership change {id:x} is in the log twice");
         }
         self.revision_after.insert(index, self.model.revision);
         self.compacted_after.insert(index, self.model.compacted);
@@ -155,10 +175,7 @@ impl Truth {
     /// What a member knows of the members at an index.
     pub fn members(&mut self, member: u64, index: u64, told: &Members) {
         let expected = self.members.range(..=index).next_back().expect("there is a first").1;
-        let told = Membership {
-            learners: told.iter().map(|member| (member.id, member.is_learner)).collect(),
-            removed: told.removed().collect(),
-        };
+        let told = Membership::of(told);
         assert_eq!(*expected, told, "member {member:x} knows other members at index {index}");
         self.checked += 1;
     }
@@ -215,9 +232,26 @@ impl Truth {
         self.checked += 1;
     }
 
+    /// A membership change was answered.
+    pub fn changed(&mut self, id: u64, floor: Place, answer: Result<&Members, Refusal>) {
+        let Some((index, outcome)) = self.changes.get(&id) else {
+            panic!("membership change {id:x} was answered with {answer:?}, but is in no log");
+        };
+        let expected = outcome.map(|()| &self.members[index]);
+        let answer = answer.map(Membership::of);
+        assert_eq!(answer.as_ref().map_err(|e| *e), expected, "membership change {id:x} at index {index}");
+        assert!(
+            *index > floor,
+            "membership change {id:x} at index {index} began after index {floor} had been answered"
+        );
+        self.ended = self.ended.max(*index);
+        self.checked += 1;
+    }
+
     /// A request that was refused as a whole.
     pub fn refused(&self, id: u64) {
-        assert!(!self.outcomes.contains_key(&id), "request {id:x} was refused and yet is in the log");
+        let is_there = self.outcomes.contains_key(&id) || self.changes.contains_key(&id);
+        assert!(!is_there, "request {id:x} was refused and yet is in the log");
     }
 
     /// A range was answered. A linearizable one must know of everything that had ended when it began.
@@ -259,6 +293,7 @@ impl Truth {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use actd::cluster::Change;
     use actd::pb::etcdserverpb::{CompactionRequest, PutRequest, RequestHeader};
 
     fn put(id: u64, value: &str) -> Bytes {
@@ -357,17 +392,29 @@ mod tests {
             let change = ConfChange { r#type: Some(kind.into()), node_id: Some(id), ..Default::default() };
             Bytes::from(change.encode_to_vec())
         };
+        let promote = |id| Bytes::from(Change::Promote(id).encode(90 + id).encode_to_vec());
         let mut truth = Truth::new(2);
         truth.applied(1, 1, 1, &change(ConfChangeType::ConfChangeAddNode, 7), true);
         truth.applied(1, 2, 1, &change(ConfChangeType::ConfChangeAddLearnerNode, 8), true);
         truth.applied(1, 3, 1, &change(ConfChangeType::ConfChangeRemoveNode, 7), true);
         truth.applied(1, 4, 1, &change(ConfChangeType::ConfChangeAddNode, 7), true);
-        truth.applied(1, 5, 1, &change(ConfChangeType::ConfChangeAddNode, 8), true);
+        truth.applied(1, 5, 1, &promote(8), true);
         let members = &truth.members[&5];
         assert_eq!(members.learners, BTreeMap::from([(8, false)]));
         assert_eq!(members.removed, BTreeSet::from([7]));
         assert_eq!(truth.members[&2].learners, BTreeMap::from([(7, false), (8, true)]));
         fails(std::panic::AssertUnwindSafe(|| truth.members(1, 5, &Members::default())));
+        truth.applied(1, 6, 1, &promote(7), true);
+        truth.changed(97, 5, Err(Refusal::Removed));
+        fails(std::panic::AssertUnwindSafe(|| truth.changed(97, 5, Err(Refusal::NotFound))));
+        fails(std::panic::AssertUnwindSafe(|| truth.changed(97, 6, Err(Refusal::Removed))));
+        fails(std::panic::AssertUnwindSafe(|| truth.changed(98, 5, Ok(&Members::default()))));
+        let text = fails(std::panic::AssertUnwindSafe(|| truth.changed(99, 5, Err(Refusal::Removed))));
+        assert!(text.contains("is in no log"), "{text}");
+        let text = fails(std::panic::AssertUnwindSafe(|| truth.refused(98)));
+        assert!(text.contains("was refused and yet"), "{text}");
+        let text = fails(std::panic::AssertUnwindSafe(|| truth.applied(1, 7, 1, &promote(7), true)));
+        assert!(text.contains("in the log twice"), "{text}");
     }
 
     #[test]

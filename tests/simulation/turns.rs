@@ -5,12 +5,20 @@ use std::{
     sync::{atomic::Ordering, mpsc::sync_channel},
 };
 
-use actd::{actor::shell::Flow, apply, raft, snapshot, wal};
+use actd::{
+    actor::shell::Flow,
+    apply,
+    mvcc::view::Sizes,
+    raft, snapshot,
+    storage::{Bucket, Storage as _},
+    wal,
+};
+use bytes::Bytes;
 
 use super::{
     member::{Job, Process, Seen},
     plan::{MS, SECOND, TICK},
-    world::{Event, World},
+    world::{Event, World, hashed},
 };
 
 /// What a store that fails says.
@@ -134,6 +142,19 @@ impl World {
         }
     }
 
+    /// Sizes are kept up to date with each row that comes and goes. Once nothing waits for clean-up they are those of the rows.
+    pub fn check_sizes(&mut self, m: usize) {
+        let process = self.process(m);
+        let mut sum = Sizes::EMPTY.total;
+        let mut visit = |key: &[u8], value: Bytes| {
+            sum += (key.len() + value.len()) as u64 + Sizes::ROW_OVERHEAD;
+            true
+        };
+        process.in_use.scan(Bucket::Key, &[], &[], &mut visit).expect("memory is read");
+        let sizes = process.view.load().kv.sizes;
+        assert_eq!(sizes, Sizes { total: sum, in_use: sum }, "m{m} counts other sizes than its rows have");
+    }
+
     pub fn lease_turn(&mut self, m: usize) {
         let instant = self.instant();
         self.process(m).leases.turn(instant);
@@ -230,7 +251,7 @@ impl World {
         for one in seen {
             match one {
                 Seen::Entry { index, term, data, conf_change } => {
-                    self.note(&[index, term, data.len() as u64]);
+                    self.note(&[index, term, hashed(&data)]);
                     self.truth.applied(id, index, term, &data, conf_change);
                 }
                 Seen::State { index, hash, members } => {

@@ -1,12 +1,13 @@
 //! Watch streams: what the hub's shell does around its core, and the way of responses to their clients.
 
 use actd::watch::{Published, StreamId};
+use prost::Message as _;
 use rand::RngExt;
 
 use super::{
     member::Process,
     plan::MS,
-    world::{Event, World},
+    world::{Event, World, hashed},
 };
 
 impl World {
@@ -77,7 +78,7 @@ impl World {
             return;
         }
         let Some((_, response, bytes)) = self.watchers[w].queue.pop_front() else { return };
-        self.note(&[w as u64, bytes as u64]);
+        self.note(&[w as u64, hashed(&response.encode_to_vec())]);
         self.say(|| {
             let revision = response.header.as_ref().map_or(0, |h| h.revision);
             let (events, canceled) = (response.events.len(), response.canceled);

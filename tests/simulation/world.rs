@@ -30,7 +30,8 @@ use tokio::sync::oneshot;
 
 use super::{
     client::{Client, Op},
-    member::{Arrived, MIN_TTL, Member, Process, Receiving, state_hash},
+    faults::REMOVED,
+    member::{Arrived, MIN_TTL, Member, Process, Receiving, TOOK_BACK, state_hash},
     plan::{Config, LATE, MS, Plan, SECOND, TICK},
     truth::Truth,
     turns::write,
@@ -362,7 +363,7 @@ impl World {
             Event::Removed(m, _) => {
                 self.say(|| format!("m{m} stops: it was removed"));
                 self.crash(m, false);
-                self.members[m].lost = Some("removed".to_owned());
+                self.members[m].lost = Some(REMOVED.to_owned());
             }
             Event::Replace(m) => self.replace(m),
             Event::Shrink(to) => {
@@ -402,7 +403,8 @@ impl World {
         let seed = self.plan.seed;
         let (config, now, instant) = (self.plan.config.clone(), self.now, self.instant());
         let first = std::mem::take(&mut self.first);
-        let started = self.members[m].start(&config, &first, now, instant, seed);
+        let others_hold = self.members[m].had_synced.is_some_and(|held| self.others_hold(m, held.last));
+        let started = self.members[m].start(&config, &first, now, instant, others_hold, seed);
         self.first = first;
         let member = &mut self.members[m];
         member.restart_at = None;
@@ -433,15 +435,27 @@ impl World {
                     let at = member.full_until.max(now + 100 * MS);
                     return self.restart_after(m, at - now + MS);
                 }
-                assert!(member.may_refuse || reason == "removed", "m{m} does not start any more: {reason}");
-                if reason != "removed" {
-                    self.mark("damaged data is refused at start");
+                assert!(member.may_refuse || reason == REMOVED, "m{m} does not start any more: {reason}");
+                match reason.as_str() {
+                    REMOVED => {}
+                    TOOK_BACK => self.mark("a log that lost what nobody else may hold is not started"),
+                    _ => self.mark("damaged data is refused at start"),
                 }
                 self.say(|| format!("m{m} refuses to start: {reason}"));
                 self.members[m].lost = Some(reason);
                 self.after(100 * MS, Event::Replace(m));
             }
         }
+    }
+
+    /// Whether all other voters are up and have applied everything up to `index`: it is durable in each of their logs.
+    fn others_hold(&self, m: usize, index: u64) -> bool {
+        let Some(members) = self.membership() else { return false };
+        let mut others = members.iter().filter(|member| !member.is_learner && member.id != self.members[m].id);
+        others.all(|member| {
+            let process = self.index_of(member.id).and_then(|m| self.members[m].process.as_ref());
+            process.is_some_and(|process| process.applied() >= index)
+        })
     }
 
     /// The process ends. With `power` the disk keeps what was synced, and of the rest what the seed says.
@@ -583,7 +597,11 @@ impl World {
             }
             return;
         }
-        self.note(&[from, message.r#type() as u64, message.term(), message.index()]);
+        let (commit, reject, hint) = (message.commit(), u64::from(message.reject()), message.reject_hint());
+        self.note(&[from, message.r#type() as u64, message.term(), message.index(), commit, reject, hint]);
+        for entry in &message.entries {
+            self.note(&[entry.index(), entry.term(), hashed(entry.data())]);
+        }
         if self.timeline.is_some() && message.r#type() != MessageType::MsgHeartbeat {
             let (kind, term, index) = (message.r#type(), message.term(), message.index());
             let from = self.index_of(from).unwrap_or(99);
@@ -849,6 +867,7 @@ impl World {
             assert_eq!(view.kv.compact_revision, model.compacted, "m{m} compacted elsewhere");
             hashes.insert(state_hash(&view, &*self.process(m).in_use));
             self.check_conf_state(m);
+            self.check_sizes(m);
             let id = self.members[m].id;
             let index = view.applied_index;
             self.truth.members(id, index, &view.members);
@@ -858,6 +877,13 @@ impl World {
             watcher.finish(&self.truth.model, self.is_reported);
         }
     }
+}
+
+/// For the digest.
+pub fn hashed(bytes: &[u8]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    hasher.write(bytes);
+    hasher.finish()
 }
 
 pub fn cluster_member(id: u64, is_learner: bool) -> ClusterMember {
