@@ -227,7 +227,7 @@ fn live(world: &mut World) -> bool {
     // Watchers take what is left, and come to life where they were cut off.
     world.run((world.now + SECOND).max(20 * SECOND), |_| false);
     let done = |world: &World| world.watchers.iter().all(|watcher| watcher.is_done(&world.truth.model));
-    let all_told = world.run(world.now + HEAL, |world| world.is_healed() && done(world));
+    let all_told = world.run(world.now + HEAL, |world| world.is_healed() && world.is_whole() && done(world));
     if all_told && world.plan.config.progress_ms <= 1_000 {
         // Long enough for each to hear of progress by itself.
         world.watchers.iter_mut().for_each(Watcher::begin_quiet);
