@@ -406,7 +406,11 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
         tasks.push(tokio::spawn(advance_ticks(server.clone(), config.election_ticks() as usize)));
     }
 
-    let limits = Limits { max_concurrent_streams: config.max_concurrent_streams, pings: config.server_pings() };
+    let limits = Limits {
+        max_concurrent_streams: config.max_concurrent_streams,
+        pings: config.server_pings(),
+        least_ping_gap: config.least_ping_gap(),
+    };
     let front = Front::new(&config.cors, &config.host_whitelist);
     let runtimes = Arc::new(Runtimes::start(&server, parts, &limits, front));
     let (for_clients, for_metrics) = descriptors.for_clients_and_metrics(!config.listen_metrics_urls.is_empty());

@@ -109,11 +109,7 @@ const NOT_PROVOKED: &[(&str, &str, &str)] = &[
         "grpc: trying to send message larger than max (<n> vs. <limit>)",
         "it takes an answer of 2 GiB",
     ),
-    (
-        "(HTTP/2 GOAWAY ENHANCE_YOUR_CALM)",
-        "too_many_pings",
-        "it is the connection's; --grpc-keepalive-min-time does not act yet",
-    ),
+    ("(HTTP/2 GOAWAY ENHANCE_YOUR_CALM)", "too_many_pings", "it is the connection's; tests/api_limits.rs has it"),
 ];
 
 fn start(flags: &[&str]) -> Server {

@@ -4,6 +4,7 @@
 mod common;
 
 use std::{
+    io::{ErrorKind, Read, Write},
     net::TcpStream,
     path::Path,
     time::{Duration, Instant},
@@ -432,4 +433,42 @@ fn compressed_requests_are_taken_and_answered_alike() {
         let text = "grpc: Decompressor is not installed for grpc-encoding \"deflate\"";
         assert_eq!((status.code(), status.message()), (Code::Unimplemented, text));
     });
+}
+
+#[test]
+fn a_client_that_pings_too_often_is_told_and_disconnected() {
+    const PREFACE_AND_SETTINGS: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+    const PING: &[u8] = b"\0\0\x08\x06\0\0\0\0\0pingping";
+    const PINGS: u8 = 6;
+    const GOAWAY: u8 = 7;
+    // The first ping is never too early, and two that are are let pass.
+    const ALLOWED: usize = 3;
+    let server = start(&[]);
+    let address = server.endpoint();
+    let mut socket = TcpStream::connect(address.trim_start_matches("http://")).expect("the server listens");
+    socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+    socket.write_all(PREFACE_AND_SETTINGS).expect("it is taken");
+    let mut reader = socket.try_clone().expect("two hands");
+    let mut until = |wanted: u8| loop {
+        let mut head = [0; 9];
+        reader.read_exact(&mut head).expect("a frame in time");
+        let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
+        reader.read_exact(&mut payload).expect("all of it");
+        if head[3] == wanted {
+            return payload;
+        }
+    };
+    for _ in 0..ALLOWED {
+        socket.write_all(PING).expect("it is taken");
+        assert_eq!(until(PINGS), b"pingping");
+    }
+    socket.write_all(PING).expect("it is taken");
+    let last_words = until(GOAWAY);
+    assert_eq!(last_words[4..], [&[0, 0, 0, 11][..], b"too_many_pings"].concat(), "ENHANCE_YOUR_CALM");
+    let mut rest = Vec::new();
+    let ended = reader.read_to_end(&mut rest);
+    let is_timeout = ended.is_err_and(|e| matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut));
+    assert!(!is_timeout, "the connection ends");
+    // Nobody else is disturbed.
+    runtime().block_on(async { raw_call(&server, "/etcdserverpb.KV/Put", b"\x0a\x01k").await.expect("a put") });
 }

@@ -231,8 +231,7 @@ pub static TABLE: &[Group] = &[
             flag("max-concurrent-streams", Uint32(|c| &mut c.max_concurrent_streams), "4294967295",
                 "requests and watches one connection may have open at a time"),
             flag("grpc-keepalive-min-time", Duration(|c| &mut c.grpc_keepalive_min_time), "5s",
-                "shortest time between two pings of a client; faster ones are disconnected")
-                .waits("enforcement of client pings"),
+                "shortest time between two pings of a client; who goes on with faster ones is disconnected; 0 means 5m"),
             flag("grpc-keepalive-interval", Duration(|c| &mut c.grpc_keepalive_interval), "2h0m0s",
                 "how long a connection is quiet before the server pings it; 0 never pings"),
             flag("grpc-keepalive-timeout", Duration(|c| &mut c.grpc_keepalive_timeout), "20s",

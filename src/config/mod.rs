@@ -307,6 +307,12 @@ impl Config {
         (every > GoDuration::ZERO && within > GoDuration::ZERO).then(|| (every.to_std(), within.to_std()))
     }
 
+    /// Between two pings of a client; gRPC's own bound if none is set.
+    pub fn least_ping_gap(&self) -> Duration {
+        let least = self.grpc_keepalive_min_time;
+        if least > GoDuration::ZERO { least.to_std() } else { Duration::from_secs(300) }
+    }
+
     pub fn slow_unary_request(&self) -> Duration {
         self.warning_unary_request_duration.or_if_unset(Duration::from_millis(300))
     }

@@ -6,6 +6,7 @@ pub mod front;
 mod health;
 pub mod listener;
 mod metrics;
+mod pings;
 mod plain_io;
 pub mod runtime;
 

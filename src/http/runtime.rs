@@ -18,7 +18,7 @@ use hyper_util::{
 use tokio::sync::OwnedSemaphorePermit;
 use tonic::body::Body;
 
-use super::{HEAD_BYTES_MAX, HEADERS_MAX, front::Front, plain_io::PlainIo};
+use super::{HEAD_BYTES_MAX, HEADERS_MAX, front::Front, pings::Pings, plain_io::PlainIo};
 use crate::{
     api::{Handle, Routes, Server},
     apply::Deliveries,
@@ -54,6 +54,8 @@ pub struct Limits {
     pub max_concurrent_streams: u32,
     /// Interval and timeout of the server's own pings; `None`: no pings.
     pub pings: Option<(Duration, Duration)>,
+    /// Between two pings of a client.
+    pub least_ping_gap: Duration,
 }
 
 /// Room for data a peer may send before it is asked to wait.
@@ -231,7 +233,8 @@ where
         let (routes, front) = (routes.clone(), front.clone());
         async move { Ok::<_, std::convert::Infallible>(answer(&routes, &front, serves, request).await) }
     });
-    builder.serve_connection(TokioIo::new(PlainIo(socket)), service).await
+    let socket = PlainIo::new(socket, Pings::new(limits.least_ping_gap));
+    builder.serve_connection(TokioIo::new(socket), service).await
 }
 
 async fn answer(routes: &Routes, front: &Front, serves: Serves, request: Request<Incoming>) -> Response<Body> {

@@ -62,7 +62,10 @@ fn many(first: u64, seeds: u64, seconds: Option<u64>) -> (Report, Duration) {
             }
             match run(&Plan::new(seed), None) {
                 Ok(report) => total.add(&report),
-                Err(failure) => drop(failures.lock().expect("nobody panics with it").insert(seed, failure)),
+                Err(failure) => {
+                    println!("seed {seed}: {failure}");
+                    failures.lock().expect("nobody panics with it").insert(seed, failure);
+                }
             }
         }
     };
@@ -74,7 +77,6 @@ fn many(first: u64, seeds: u64, seconds: Option<u64>) -> (Report, Duration) {
     let failures = failures.into_inner().expect("nobody panics with it");
     if let Some((seed, failure)) = failures.first_key_value() {
         println!("{total}");
-        failures.iter().for_each(|(seed, failure)| println!("seed {seed}: {failure}"));
         panic!("seed {seed}: {failure}\n{}", shrunk(&Plan::new(*seed), None));
     }
     (total, began.elapsed())
