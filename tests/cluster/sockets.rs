@@ -61,6 +61,7 @@ pub fn dialler(port: u16, to: u16, processes: &HashMap<u64, u32>) -> Dialler {
 
 /// For each connection from `address` that a server has at `port`: how many bytes it has not read.
 pub fn unread(port: u16, address: std::net::Ipv4Addr) -> Vec<u64> {
-    let rows = rows().into_iter().filter(|row| row.local_port == port && row.remote.0 == address.to_bits());
-    rows.map(|row| row.unread).collect()
+    let is_its = |row: &Row| row.local_port == port && row.remote.0 == address.to_bits();
+    // What is closed on both sides stays in the table for a minute, and is nobody's.
+    rows().into_iter().filter(|row| is_its(row) && row.inode != 0).map(|row| row.unread).collect()
 }

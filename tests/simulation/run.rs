@@ -183,6 +183,10 @@ fn live(world: &mut World) -> bool {
     world.say(|| "CALM: no more faults".to_owned());
     for m in 0..world.members.len() {
         world.members[m].disk.set_room(None);
+        if world.members[m].is_store_broken {
+            // It has not been written since.
+            world.crash(m, false);
+        }
         if !world.is_up(m) && world.members[m].restart_at.is_none() {
             world.restart_after(m, 0);
         }
