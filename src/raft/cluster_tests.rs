@@ -46,7 +46,10 @@ struct Cluster {
 }
 
 fn node(id: u64, voters: &[u64]) -> Node {
-    let conf_state = raftpb::ConfState { voters: voters.to_vec(), ..Default::default() };
+    node_of(id, raftpb::ConfState { voters: voters.to_vec(), ..Default::default() })
+}
+
+fn node_of(id: u64, conf_state: raftpb::ConfState) -> Node {
     let core = Core::new(options(id), Recovered { conf_state, ..Recovered::default() }).unwrap();
     Node {
         core,
@@ -639,6 +642,22 @@ fn leader_whose_disk_hangs_steps_down_and_acknowledges_nothing() {
     let id = cluster.propose(leader, "b");
     cluster.ticks(3);
     assert_eq!(cluster.outcome(id), Some(Ok(Response::Done)));
+    cluster.agree();
+}
+
+#[test]
+fn a_sole_voter_says_nothing_before_its_vote_is_written() {
+    // After a crash it would lead in the same term again, and give its learner other entries at the same places.
+    let mut cluster = Cluster::new(1);
+    let members = raftpb::ConfState { voters: vec![1], learners: vec![2], ..Default::default() };
+    cluster.nodes = [1, 2].map(|id| (id, node_of(id, members.clone()))).into();
+    cluster.node(1).hangs = true;
+    cluster.ticks(50);
+    assert!(cluster.nodes[&1].core.reading().is_leader);
+    assert_eq!(cluster.nodes[&2].core.reading().term, 0, "the learner has heard of it");
+    cluster.node(1).hangs = false;
+    cluster.ticks(5);
+    assert_eq!(cluster.nodes[&2].applied_index, 1);
     cluster.agree();
 }
 

@@ -119,8 +119,9 @@ pub struct Core {
     out_of_reach: Option<u64>,
     /// Readys the WAL has not answered yet.
     in_flight: VecDeque<InFlight>,
-    /// Number of the newest Ready.
+    /// Number of the newest Ready, and of the newest one with another term or vote.
     number: u64,
+    voted_in: u64,
     /// The commit index has moved since the log was last told. It is written with what is written next: nothing rests on it.
     commit_unwritten: bool,
     /// It is worth a write of its own.
@@ -200,6 +201,7 @@ impl Core {
             out_of_reach: None,
             in_flight: VecDeque::new(),
             number: 0,
+            voted_in: 0,
             commit_unwritten: false,
             commit_wanted: false,
             held: VecDeque::new(),
@@ -706,7 +708,11 @@ impl Core {
         let sync = ready.must_sync();
         let before = &self.node.store().hard_state;
         if hard_state.as_ref().is_some_and(|hs| hs.term != before.term || hs.vote != before.vote) {
-            // A sole voter with learners: its first append of the term must not overtake its own vote.
+            self.voted_in = number;
+        }
+        if self.voted_in == number || self.in_flight.front().is_some_and(|write| write.number <= self.voted_in) {
+            // A sole voter leads before its vote is written. Whoever heard of it and saw it crash could get other entries
+            // of the same term from it later.
             promises.splice(0..0, messages.drain(..));
         }
         let install = ready.snapshot().metadata.as_ref().filter(|meta| meta.index > 0).map(|meta| {
