@@ -310,6 +310,8 @@ impl World {
         };
         let new = self.members[new].id;
         match members.get(new) {
+            // The others may be as many as may be.
+            None if learners > 0 && self.promote() => {}
             None => self.change(Change::Add(cluster_member(new, true))),
             Some(member) if member.is_learner => drop(self.promote()),
             Some(_) => {
