@@ -1,4 +1,5 @@
-//! Several cores wired by hand: a network that loses, repeats and reorders, disks that answer late, no threads.
+//! Several cores wired by hand: a network that loses, repeats and reorders, disks that answer late, no threads. The file is long
+//! because every test drives the same few members.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
