@@ -108,7 +108,7 @@ pub struct Core {
     queued: VecDeque<Proposal>,
     /// Given to the leader, not yet applied; by request id, with their content.
     pending: BTreeMap<u64, (Bytes, Ticket)>,
-    /// Proposals of others that came while leadership is being handed over.
+    /// Proposals of others that came while none could be taken or passed on.
     held_proposals: Held,
     reads: Reads,
     /// Read requests of others that came before this leader has committed anything of its term.

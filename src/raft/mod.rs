@@ -13,7 +13,7 @@
 //! Invariants:
 //! 1. Only entries that are committed and durable here go to apply, in index order, without gaps.
 //! 2. Nothing beyond a membership change goes to apply until that change is in force in raft.
-//! 3. Messages that promise durability leave after the WAL said so.
+//! 3. Messages that promise durability leave after the WAL said so, and none of a term before its vote is durable.
 //! 4. No context of a read is used twice.
 
 mod actor;
