@@ -196,6 +196,13 @@ impl SimDisk {
         self.state().room = room;
     }
 
+    /// Nothing goes wrong from now on; what was to fail has not been asked for.
+    pub fn calm(&self) {
+        let mut state = self.state();
+        state.faults.clear();
+        state.room = None;
+    }
+
     pub fn sync_count(&self) -> u64 {
         self.state().sync_count
     }

@@ -106,11 +106,8 @@ impl World {
     }
 
     /// When all is well each member writes and reads for who asks it, and serves leases from their grant to their end: one
-    /// that another member has granted. Ids from `lease` on are free.
-    pub fn ask_everybody(&mut self, last: Last, lease: i64) -> Vec<OpId> {
-        let members = self.membership().expect("somebody is up");
-        let voters = members.iter().filter(|member| !member.is_learner);
-        let voters: Vec<usize> = voters.filter_map(|member| self.index_of(member.id)).collect();
+    /// that another of `voters` has granted. Ids from `lease` on are free.
+    pub fn ask_everybody(&mut self, voters: &[usize], last: Last, lease: i64) -> Vec<OpId> {
         let mut ops = Vec::new();
         for (nth, m) in voters.iter().enumerate() {
             let write = |request| Kind::Write(Box::new(request));
@@ -137,6 +134,11 @@ impl World {
             ops.extend(kinds.into_iter().map(|kind| self.begin(None, *m, kind)));
         }
         ops
+    }
+
+    pub fn voters(&self) -> Vec<usize> {
+        let members = self.membership().expect("somebody is up");
+        members.iter().filter(|member| !member.is_learner).filter_map(|member| self.index_of(member.id)).collect()
     }
 
     pub fn client_turn(&mut self, c: usize) {

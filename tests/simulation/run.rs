@@ -182,7 +182,7 @@ fn live(world: &mut World) -> bool {
     world.heal();
     world.say(|| "CALM: no more faults".to_owned());
     for m in 0..world.members.len() {
-        world.members[m].disk.set_room(None);
+        world.members[m].disk.calm();
         if world.members[m].is_store_broken {
             // It has not been written since.
             world.crash(m, false);
@@ -216,8 +216,10 @@ fn live(world: &mut World) -> bool {
     for _ in 0..tries {
         let lease = world.next_lease;
         world.next_lease += 10;
+        // A learner may still become one.
+        let voters = world.voters();
         failed = [Last::Grant, Last::Renew, Last::Revoke].into_iter().find_map(|last| {
-            let asked = world.ask_everybody(last, lease);
+            let asked = world.ask_everybody(&voters, last, lease);
             assert!(world.run(world.now + 10 * SECOND, World::is_idle), "calls do not end: {}", world.describe());
             asked.into_iter().find(|op| !world.ops[*op].is_ok)
         });
