@@ -522,6 +522,7 @@ fn zero_stands_for_a_value_in_some_settings() {
         run(&["--quota-backend-bytes=-1", "--watch-progress-notify-interval=1ms", "--bcrypt-cost=3"], &[], None);
     assert_eq!((config.quota(), config.watch_progress_interval().as_millis(), config.bcrypt_cost()), (None, 100, 10));
     assert_eq!(run(&["--grpc-keepalive-timeout=0"], &[], None).0.server_pings(), None);
+    assert_eq!(run(&["--grpc-keepalive-min-time=0s"], &[], None).0.least_ping_gap().as_secs(), 300);
 }
 
 #[test]
