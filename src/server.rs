@@ -73,6 +73,8 @@ const PEER_MESSAGES_MAX: usize = 8_192;
 const PEER_MESSAGE_BYTES_MAX: usize = 64 << 20;
 /// Commit may be this far ahead of apply before proposals are refused (G-12).
 const APPLY_LAG_MAX: u64 = 5_000;
+/// The same for revocations of leases where these go first.
+const REVOKE_LAG_MAX: u64 = 10_000;
 
 /// Unix milliseconds: the seed of ids that must differ after a restart.
 #[allow(clippy::disallowed_methods)] // the one look at the wall clock here
@@ -207,6 +209,7 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
         cluster_id: ids.cluster,
         member_id: ids.member,
         own_peer_urls: config.initial_advertise_peer_urls.clone(),
+        local_address: config.local_address(),
         election_timeout: Duration::from_millis(config.election_timeout_ms),
         incoming: Arc::new(peers::ToRaft::new(server.clone(), peer_messages)),
         databases: Arc::new(peers::Stores {
@@ -243,6 +246,10 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
             heartbeat_ticks: 1,
             pre_vote: config.pre_vote,
             apply_lag_max: APPLY_LAG_MAX,
+            revoke_lag_max: match config.feature_gates.enabled("PriorityRequest") {
+                true => REVOKE_LAG_MAX,
+                false => APPLY_LAG_MAX,
+            },
             catch_up_entries: config.snapshot_catchup_entries,
             catch_up_bytes: CATCH_UP_BYTES_MAX,
             seed: ids.member.rotate_left(48) ^ (unix_ms() << 8),
@@ -424,6 +431,10 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
         () = server.removed.notified() => bail!(Removed),
     }
     tasks.push(tokio::spawn(versions::watch(server.clone(), own_runtime)));
+    if config.downgrade_check_time > GoDuration::ZERO {
+        let every = config.downgrade_check_time.to_std();
+        tasks.push(tokio::spawn(versions::watch_downgrade(server.clone(), every, own_runtime)));
+    }
     if restarted && config.feature_gates.enabled("InitialCorruptCheck") {
         corruption::check_at_start(&server).await?;
     }

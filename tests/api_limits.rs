@@ -336,8 +336,8 @@ fn a_hundred_callers_that_give_up_leave_their_connection_alone() {
 fn cancelled_watch_ends_as_cancelled() {
     // W-12
     let server = start(&[]);
-    let ended = "grpc_server_handled_total{grpc_type=\"bidi_stream\",grpc_service=\"etcdserverpb.Watch\",\
-                 grpc_method=\"Watch\",grpc_code=\"Canceled\"}";
+    let ended = "grpc_server_handled_total{grpc_code=\"Canceled\",grpc_method=\"Watch\",\
+                 grpc_service=\"etcdserverpb.Watch\",grpc_type=\"bidi_stream\"}";
     let rt = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
     rt.block_on(async {
         let mut client = Client::connect(&server).await;
@@ -351,6 +351,34 @@ fn cancelled_watch_ends_as_cancelled() {
         until_metric(&server, ended, 1.0);
         until_metric(&server, "etcd_debugging_mvcc_watcher_total", 0.0);
     });
+}
+
+#[test]
+fn calls_that_were_given_up_have_ended() {
+    let server = start(&[]);
+    let rt = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime");
+    rt.block_on(async {
+        let client = Client::connect(&server).await;
+        let callers = (0..500_u64).map(|caller| {
+            let mut kv = client.kv.clone();
+            let patience = Duration::from_micros(caller * 7919 % 2_000);
+            tokio::spawn(async move { tokio::time::timeout(patience, kv.put(put(1))).await })
+        });
+        for caller in callers.collect::<Vec<_>>() {
+            let _ = caller.await.expect("no panic");
+        }
+    });
+    let count = |family: &str, more: &str| {
+        let method = "grpc_method=\"Put\",grpc_service=\"etcdserverpb.KV\",grpc_type=\"unary\"}";
+        server.metric(&format!("{family}{{{more}{method}")).expect(family)
+    };
+    let handled = |code: &str| count("grpc_server_handled_total", &format!("grpc_code=\"{code}\","));
+    let deadline = Instant::now() + PATIENCE;
+    while count("grpc_server_started_total", "") != handled("OK") + handled("Canceled") {
+        assert!(Instant::now() < deadline, "{} have ended, {} were given up", handled("OK"), handled("Canceled"));
+        common::pause();
+    }
+    assert!(handled("Canceled") > 0.0, "nobody gave up in time");
 }
 
 #[test]

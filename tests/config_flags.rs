@@ -230,6 +230,11 @@ fn settings_that_do_not_act_yet_are_named_in_one_line() {
         lines[0].fields,
         [("flags", "--memory-mlock (nothing: the storage engine has no such setting), --cert-file (TLS)".to_owned())]
     );
+    let gates = ["--feature-gates=AllAlpha=true".to_owned()];
+    let (_, notices) = run(&gates, &[], "").expect("loads");
+    let line = notices.iter().find(|notice| notice.message == "settings that do not act yet").expect("a line");
+    let named = "--feature-gates=StopGRPCServiceOnDefrag (nothing: a defragmentation holds up nobody)";
+    assert_eq!(line.fields, [("flags", named.to_owned())]);
     let (_, notices) = run(&args[3..], &[], "").expect("loads");
     assert!(notices.iter().all(|notice| notice.message != "settings that do not act yet"));
 }

@@ -486,6 +486,22 @@ fn defaults_follow_what_they_depend_on() {
 }
 
 #[test]
+fn other_members_are_dialled_from_an_address_told_to_them() {
+    let from = |gate: &str, urls: &str| {
+        let urls = format!("--initial-advertise-peer-urls={urls}");
+        let members =
+            format!("--initial-cluster=default={}", urls.split_once('=').expect("a value").1.replace(',', ",default="));
+        run(&[gate, &urls, &members], &[], None).0.local_address().map(|address| address.to_string())
+    };
+    let gate = "--feature-gates=SetMemberLocalAddr=true";
+    let urls = "http://127.0.0.1:1,http://localhost:2,http://10.1.2.3:3,http://10.1.2.4:4";
+    assert_eq!(from(gate, urls).as_deref(), Some("10.1.2.3"));
+    assert_eq!(from(gate, "http://[::1]:1,http://[fd00::1]:2").as_deref(), Some("fd00::1"));
+    assert_eq!(from(gate, "http://[::1]:1"), None);
+    assert_eq!(from("--feature-gates=SetMemberLocalAddr=false", urls), None);
+}
+
+#[test]
 fn retention_counts_hours_durations_or_revisions() {
     use actd::config::Retention;
     let cases = [

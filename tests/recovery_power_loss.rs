@@ -105,6 +105,7 @@ fn start(world: &World, dir: &Path) -> Member {
         heartbeat_ticks: 1,
         pre_vote: true,
         apply_lag_max: 5_000,
+        revoke_lag_max: 5_000,
         catch_up_entries: 10,
         seed: 1,
         catch_up_bytes: 1 << 20,

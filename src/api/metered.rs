@@ -87,18 +87,35 @@ impl Call {
     fn ended(&self, code: Code) {
         self.method().handled(code, self.began.elapsed());
     }
+}
+
+/// A call without an answer so far. If it is dropped, its client has given up.
+pub struct Unanswered(Option<Call>);
+
+impl Unanswered {
+    pub fn new(call: Call) -> Self {
+        Self(Some(call))
+    }
 
     /// The answer as it is to be sent. `no_leader` ends a stream.
-    pub fn meter(self, response: http::Response<Body>, no_leader: Option<NoLeader>) -> http::Response<Body> {
+    pub fn meter(mut self, response: http::Response<Body>, no_leader: Option<NoLeader>) -> http::Response<Body> {
+        let Some(call) = self.0.take() else { return response };
         // An answer that is nothing but an error has it in its head.
         if let Some(status) = Status::from_header_map(response.headers()) {
             // Unary errors count as messages, as etcd has it.
-            self.method().sent.add(u64::from(!self.method().is_stream()), 0);
-            self.ended(status.code());
+            call.method().sent.add(u64::from(!call.method().is_stream()), 0);
+            call.ended(status.code());
             return response;
         }
-        response
-            .map(|body| Body::new(Answer { body, messages: Messages::default(), call: self, no_leader, ended: false }))
+        response.map(|body| Body::new(Answer { body, messages: Messages::default(), call, no_leader, ended: false }))
+    }
+}
+
+impl Drop for Unanswered {
+    fn drop(&mut self) {
+        if let Some(call) = self.0.take() {
+            call.ended(Code::Cancelled);
+        }
     }
 }
 

@@ -13,7 +13,7 @@ use tower_service::Service;
 
 use super::{
     Handle, long,
-    metered::{Asked, Call, NoLeader},
+    metered::{Asked, Call, NoLeader, Unanswered},
     status,
 };
 use crate::pb::{
@@ -102,12 +102,13 @@ impl Routes {
         let began = Instant::now();
         let metrics = &self.handle.server.metrics;
         let call = Call::start(metrics, uri.path());
+        let unanswered = call.clone().map(Unanswered::new);
         let is_stream = call.as_ref().is_some_and(|call| call.method().is_stream());
         // Before the answer: a leader that is lost meanwhile is noticed.
         let no_leader = (is_stream && needs_leader(request.headers())).then(|| self.no_leader());
         let takes_one = call.as_ref().is_some_and(|call| call.method().kind == "server_stream");
         let messages = Arc::new(AtomicU64::new(0));
-        let request = request.map(|body| Asked::new(body, call.clone(), messages.clone()));
+        let request = request.map(|body| Asked::new(body, call, messages.clone()));
         macro_rules! dispatch {
             ($($name:literal => $field:ident,)*) => {
                 match service {
@@ -134,12 +135,12 @@ impl Routes {
             2.. if takes_one => status::many_messages().into_http(),
             _ => long::finish(self.transport_texts(response, service, method, takes_one)),
         };
-        let Some(call) = call else { return response };
+        let Some(unanswered) = unanswered else { return response };
         let (took, expected) = (began.elapsed(), self.handle.server.settings.slow_request);
         if !is_stream && !expected.is_zero() && took > expected {
             tracing::warn!(method = uri.path(), ?took, expected_duration = ?expected, "request stats");
         }
-        call.meter(response, no_leader)
+        unanswered.meter(response, no_leader)
     }
 
     /// Ready when this member has been without a leader for long, from now on (W-48).

@@ -163,7 +163,7 @@ const AUTH: &str = "users and roles";
 const GATEWAY: &str = "the JSON gateway";
 const TRACING: &str = "distributed tracing";
 const ROTATION: &str = "log rotation";
-const BBOLT: &str = "nothing: the storage engine has no such setting";
+pub(super) const BBOLT: &str = "nothing: the storage engine has no such setting";
 
 const fn choice(words: &'static [&'static str], slot: fn(&mut Config) -> &mut String) -> Kind {
     Kind::Choice { words, echoes: false, slot }
@@ -468,7 +468,7 @@ pub static TABLE: &[Group] = &[
             flag("watch-progress-notify-interval", Duration(|c| &mut c.watch_progress_notify_interval), "0s",
                 "how often a quiet watch that asked for it hears how far it is; 0 means 10m"),
             flag("downgrade-check-time", Duration(|c| &mut c.downgrade_check_time), "5s",
-                "how often the leader looks whether a downgrade is done").waits("downgrades"),
+                "how often the leader looks whether a downgrade is done; 0 never"),
             flag("bootstrap-defrag-threshold-megabytes", Uint(|c| &mut c.bootstrap_defrag_threshold_megabytes), "0",
                 "defragment at the start if that frees at least so many megabytes; 0 never").waits(BBOLT),
             flag("max-learners", Int(|c| &mut c.max_learners), "1",

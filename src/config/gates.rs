@@ -24,10 +24,19 @@ pub struct Gate {
     pub stage: Stage,
     pub default: bool,
     pub help: &'static str,
+    /// Why setting it changes nothing, if so.
+    pub idle: Option<&'static str>,
 }
 
 const fn gate(name: &'static str, stage: Stage, default: bool, help: &'static str) -> Gate {
-    Gate { name, stage, default, help }
+    Gate { name, stage, default, help, idle: None }
+}
+
+impl Gate {
+    const fn idle(mut self, why: &'static str) -> Self {
+        self.idle = Some(why);
+        self
+    }
 }
 
 pub const ALL_ALPHA: &str = "AllAlpha";
@@ -80,13 +89,15 @@ pub static GATES: &[Gate] = &[
         Stage::Alpha,
         false,
         "the health service answers NOT_SERVING while this member defragments",
-    ),
+    )
+    .idle("nothing: a defragmentation holds up nobody"),
     gate(
         "TxnModeWriteWithSharedBuffer",
         Stage::Beta,
         true,
         "internal to etcd's storage: write transactions read through the shared buffer",
-    ),
+    )
+    .idle(super::flags::BBOLT),
 ];
 
 /// Which gates are open. Only gates that were set, by name or through AllAlpha and AllBeta, are stored.
@@ -101,6 +112,12 @@ impl FeatureGates {
     pub fn enabled(&self, name: &str) -> bool {
         let gate = find(name).unwrap_or_else(|| panic!("no feature gate is called {name}"));
         self.set.get(gate.name).copied().unwrap_or(gate.default)
+    }
+
+    /// Gates that were set and change nothing.
+    pub fn idle(&self) -> impl Iterator<Item = (&'static str, &'static str)> + '_ {
+        let is_changed = |gate: &&Gate| self.enabled(gate.name) != gate.default;
+        GATES.iter().filter(is_changed).filter_map(|gate| Some((gate.name, gate.idle?)))
     }
 
     /// Every gate and its state, for the metric that shows them.

@@ -20,6 +20,7 @@ pub use load::{Exit, Level, Loaded, Notice, load};
 pub use url::{Scheme, Url};
 pub use validate::Retention;
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -311,6 +312,16 @@ impl Config {
     pub fn least_ping_gap(&self) -> Duration {
         let least = self.grpc_keepalive_min_time;
         if least > GoDuration::ZERO { least.to_std() } else { Duration::from_secs(300) }
+    }
+
+    /// Where connections to other members come from, if that is to be known: the first address told to them that is not of
+    /// this machine alone.
+    pub fn local_address(&self) -> Option<IpAddr> {
+        let address = |url: &Url| url.host().trim_matches(['[', ']']).parse::<IpAddr>().ok();
+        let mut told = self.initial_advertise_peer_urls.iter().filter_map(address);
+        self.feature_gates
+            .enabled("SetMemberLocalAddr")
+            .then(|| told.find(|a| !a.is_loopback() && !a.is_unspecified()))?
     }
 
     pub fn slow_unary_request(&self) -> Duration {

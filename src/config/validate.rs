@@ -290,13 +290,14 @@ pub(super) fn remark(draft: &mut Draft) {
         config.data_dir = format!("{}.etcd", config.name);
         remarks.push(Notice::warn("no --data-dir given, using the default").with("data-dir", &config.data_dir));
     }
-    let idle: Vec<String> = flags::all()
+    let mut idle: Vec<String> = flags::all()
         .filter(|flag| draft.set.contains(flag.name))
         .filter_map(|flag| match flag.reach {
             flags::Reach::Acts => None,
             flags::Reach::Accepted { waiting_for } => Some(format!("--{} ({waiting_for})", flag.name)),
         })
         .collect();
+    idle.extend(config.feature_gates.idle().map(|(gate, why)| format!("--feature-gates={gate} ({why})")));
     if !idle.is_empty() {
         remarks.push(Notice::warn("settings that do not act yet").with("flags", idle.join(", ")));
     }

@@ -1,7 +1,6 @@
 //! `/metrics`: Prometheus text, etcd's names for what means the same, `actd_` for the rest.
 
 use std::{
-    fmt::Write,
     io::Write as _,
     sync::{
         PoisonError,
@@ -22,7 +21,7 @@ use crate::{
     config::ETCD_VERSION,
     pb::etcdserverpb::AlarmType,
     storage::Storage,
-    telemetry::{Histogram, Metrics, RpcMethod, Traffic},
+    telemetry::{Metrics, RpcMethod, Text, Traffic},
 };
 
 /// `gzip`: compressed.
@@ -36,7 +35,7 @@ pub fn render(handle: &Handle, gzip: bool) -> Answer {
     process(&mut out);
     scrapes(&mut out, &handle.server.metrics);
     if let Some(links) = handle.server.links() {
-        links.render_metrics(&mut out.0);
+        links.render_metrics(&mut out);
     }
     let body = if gzip { compress(out.0.as_bytes()) } else { out.0.into_bytes() };
     let mut response = Response::new(Full::new(Bytes::from(body)));
@@ -50,67 +49,6 @@ pub fn render(handle: &Handle, gzip: bool) -> Answer {
 fn compress(text: &[u8]) -> Vec<u8> {
     let mut gzip = GzEncoder::new(Vec::new(), Compression::fast());
     gzip.write_all(text).and_then(|()| gzip.finish()).expect("a buffer that grows")
-}
-
-/// Exposition text. Every family begins with its head.
-#[derive(Default)]
-struct Text(String);
-
-impl Text {
-    fn head(&mut self, name: &str, kind: &str, help: &str) -> &mut Self {
-        let _ = writeln!(self.0, "# HELP {name} {help}\n# TYPE {name} {kind}");
-        self
-    }
-
-    /// The head of a family that only shows with samples.
-    fn head_if(&mut self, shows: bool, name: &str, kind: &str, help: &str) {
-        if shows {
-            self.head(name, kind, help);
-        }
-    }
-
-    fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: impl std::fmt::Display) -> &mut Self {
-        self.0.push_str(name);
-        if !labels.is_empty() {
-            self.0.push('{');
-            for (i, (label, text)) in labels.iter().enumerate() {
-                let text = text.replace('\\', "\\\\").replace('"', "\\\"");
-                let _ = write!(self.0, "{}{label}=\"{text}\"", if i > 0 { "," } else { "" });
-            }
-            self.0.push('}');
-        }
-        let _ = writeln!(self.0, " {value}");
-        self
-    }
-
-    fn one(&mut self, kind: &str, name: &str, help: &str, value: impl std::fmt::Display) {
-        self.head(name, kind, help).sample(name, &[], value);
-    }
-
-    fn gauge(&mut self, name: &str, help: &str, value: impl std::fmt::Display) {
-        self.one("gauge", name, help, value);
-    }
-
-    fn counter(&mut self, name: &str, help: &str, value: &AtomicU64) {
-        self.one("counter", name, help, value.load(Relaxed));
-    }
-
-    fn histogram(&mut self, name: &str, help: &str, of: &Histogram) {
-        self.head(name, "histogram", help);
-        self.times(name, &[], of);
-    }
-
-    /// The samples of one histogram of a family.
-    fn times(&mut self, name: &str, labels: &[(&str, &str)], of: &Histogram) {
-        let (buckets, count, sum) = of.read();
-        let bucket = format!("{name}_bucket");
-        for (bound, n) in buckets {
-            self.sample(&bucket, &[labels, &[("le", &bound.to_string())]].concat(), n);
-        }
-        self.sample(&bucket, &[labels, &[("le", "+Inf")]].concat(), count);
-        self.sample(&format!("{name}_sum"), labels, sum);
-        self.sample(&format!("{name}_count"), labels, count);
-    }
 }
 
 fn server(out: &mut Text, handle: &Handle) {
@@ -224,8 +162,8 @@ fn server(out: &mut Text, handle: &Handle) {
         }
     }
     const KNOWN: &str = "etcd_network_known_peers";
-    out.head(KNOWN, "gauge", "1 for each other member.");
-    for member in view.members.iter().filter(|member| member.id != server.settings.member_id) {
+    out.head(KNOWN, "gauge", "1 for each member.");
+    for member in view.members.iter() {
         out.sample(KNOWN, &[("Local", &id), ("Remote", &format!("{:x}", member.id))], 1);
     }
     out.gauge("etcd_debugging_auth_revision", "Revision of users and roles.", 1);
@@ -413,7 +351,7 @@ fn actors(out: &mut Text, registry: &Registry) {
     out.head("actd_actor_refusals_total", "counter", "Messages turned away or dropped, by reason.");
     for actor in &all {
         for (reason, count) in &actor.refusals {
-            out.sample("actd_actor_refusals_total", &[("actor", actor.name), ("reason", reason)], count);
+            out.sample("actd_actor_refusals_total", &[("actor", actor.name), ("reason", reason)], *count);
         }
     }
     let gates = registry.gates();

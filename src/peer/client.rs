@@ -197,7 +197,7 @@ impl Question {
         let url = Url::parse(text).map_err(|e| unreachable(text, e))?;
         let limit = self.answer_bytes_max;
         let request = self.request(dial::host(&url)).map_err(|e| unreachable(text, e))?;
-        let limits = Limits { connect: timeout, read: None, write: None };
+        let limits = Limits { from: None, connect: timeout, read: None, write: None };
         let mut sender = dial::connect(&url, limits).await.map_err(|e| unreachable(text, e))?;
         let answer = sender.send_request(request).await.map_err(|e| unreachable(text, dial::chain(&e)))?;
         let (head, body) = answer.into_parts();

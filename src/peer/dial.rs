@@ -5,6 +5,7 @@
 use std::{
     future::Future,
     io,
+    net::IpAddr,
     pin::Pin,
     task::{Context, Poll, ready},
     time::Duration,
@@ -17,15 +18,17 @@ use hyper::{
 use hyper_util::rt::TokioIo;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::{TcpStream, UnixStream},
+    net::{TcpSocket, TcpStream, UnixStream, lookup_host},
     time::{Instant, Sleep, sleep, timeout},
 };
 
 use crate::config::Url;
 
-/// How long one step on a connection may take.
+/// Where a connection comes from, and how long one step on it may take.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
+    /// `None`: from where the system likes.
+    pub from: Option<IpAddr>,
     pub connect: Duration,
     /// `None`: a read may wait for ever.
     pub read: Option<Duration>,
@@ -48,10 +51,24 @@ where
         let socket = timeout(limits.connect, UnixStream::connect(url.socket_path())).await.map_err(too_late)??;
         return start(Timed::new(socket, limits.read, limits.write)).await;
     }
-    let socket = timeout(limits.connect, TcpStream::connect(url.authority())).await.map_err(too_late)??;
+    let socket = timeout(limits.connect, connect_from(limits.from, url.authority())).await.map_err(too_late)??;
     socket.set_nodelay(true)?;
     keep_alive(&socket);
     start(Timed::new(socket, limits.read, limits.write)).await
+}
+
+async fn connect_from(from: Option<IpAddr>, to: &str) -> io::Result<TcpStream> {
+    let Some(from) = from else { return TcpStream::connect(to).await };
+    let mut failed = io::Error::new(io::ErrorKind::AddrNotAvailable, format!("{to} cannot be reached from {from}"));
+    for address in lookup_host(to).await?.filter(|address| address.is_ipv4() == from.is_ipv4()) {
+        let socket = if from.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+        socket.bind((from, 0).into())?;
+        match socket.connect(address).await {
+            Ok(socket) => return Ok(socket),
+            Err(e) => failed = e,
+        }
+    }
+    Err(failed)
 }
 
 /// A machine that vanished is noticed although nothing is sent to it. Best effort.
@@ -167,5 +184,23 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Timed<S> {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.socket).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn connections_come_from_the_address_given() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let to = listener.local_addr().unwrap().to_string();
+        for from in ["127.0.0.1", "127.0.0.2"] {
+            let from: IpAddr = from.parse().unwrap();
+            let _socket = connect_from(Some(from), &to).await.unwrap();
+            assert_eq!(listener.accept().await.unwrap().1.ip(), from);
+        }
+        let failed = connect_from(Some("::1".parse().unwrap()), &to).await.unwrap_err();
+        assert_eq!(failed.to_string(), format!("{to} cannot be reached from ::1"));
     }
 }

@@ -2,7 +2,6 @@
 
 use std::{
     collections::BTreeMap,
-    fmt::Write,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -10,7 +9,10 @@ use std::{
 };
 
 use super::status::Status;
-use crate::{cluster::ids::hex, telemetry::Histogram};
+use crate::{
+    cluster::ids::hex,
+    telemetry::{Histogram, Text},
+};
 
 /// 0.1 ms to 3.2768 s, doubling.
 const ROUND_TRIP_BOUNDS: &[f64] = &[
@@ -201,8 +203,8 @@ impl Numbers {
         peers.entry(id).or_default().clone()
     }
 
-    /// Exposition text: nothing before the first other member.
-    pub fn render(&self, out: &mut String) {
+    /// Nothing before the first other member.
+    pub fn render(&self, out: &mut Text) {
         let peers: Vec<(String, Arc<PeerNumbers>)> = {
             let peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
             peers.iter().map(|(id, numbers)| (hex(*id), numbers.clone())).collect()
@@ -211,32 +213,24 @@ impl Numbers {
             return;
         }
         let local = hex(self.member_id);
-        let head = |out: &mut String, name: &str, kind: &str, help: &str| {
-            let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} {kind}");
-        };
         for (kind, (name, help, read)) in OF_MEMBERS {
-            head(out, name, kind, help);
+            out.head(name, kind, help);
             for (id, numbers) in &peers {
-                let _ = writeln!(out, "{name}{{Local=\"{local}\",Remote=\"{id}\"}} {}", read(numbers));
+                out.sample(name, &[("Local", &local), ("Remote", id)], read(numbers));
             }
         }
         for (kind, list) in [("counter", COUNTERS), ("gauge", GAUGES)] {
             for (label, (name, help, read)) in list {
-                head(out, name, kind, help);
+                out.head(name, kind, help);
                 for (id, numbers) in &peers {
-                    let _ = writeln!(out, "{name}{{{label}=\"{id}\"}} {}", read(numbers));
+                    out.sample(name, &[(label, id)], read(numbers));
                 }
             }
         }
         for (label, name, help, read) in HISTOGRAMS {
-            head(out, name, "histogram", help);
+            out.head(name, "histogram", help);
             for (id, numbers) in &peers {
-                let (buckets, count, sum) = read(numbers).read();
-                for (bound, n) in buckets {
-                    let _ = writeln!(out, "{name}_bucket{{{label}=\"{id}\",le=\"{bound}\"}} {n}");
-                }
-                let _ = writeln!(out, "{name}_bucket{{{label}=\"{id}\",le=\"+Inf\"}} {count}");
-                let _ = writeln!(out, "{name}_sum{{{label}=\"{id}\"}} {sum}\n{name}_count{{{label}=\"{id}\"}} {count}");
+                out.times(name, &[(label, id)], read(numbers));
             }
         }
     }

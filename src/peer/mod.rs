@@ -35,7 +35,7 @@ use std::time::Instant;
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 
-use crate::pb::raftpb;
+use crate::{pb::raftpb, telemetry::Text};
 
 /// Header that names the cluster, in requests and in answers.
 pub const CLUSTER_ID: &str = "x-etcd-cluster-id";
@@ -71,7 +71,7 @@ pub trait Links: Send + Sync + 'static {
     /// Since when the member `id` has been connected without a break.
     fn connected_since(&self, id: u64) -> Option<Instant>;
     /// Appends what `/metrics` says of them.
-    fn render_metrics(&self, out: &mut String);
+    fn render_metrics(&self, out: &mut Text);
 }
 
 /// Bytes a message keeps in memory beside its own size.

@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    net::IpAddr,
     sync::{Arc, Mutex, PoisonError, atomic::Ordering::Relaxed},
     time::{Duration, Instant},
 };
@@ -20,6 +21,7 @@ use crate::{
     cluster::{Member, ids::hex},
     config::Url,
     pb::raftpb::{Message, MessageType},
+    telemetry::Text,
 };
 
 /// Messages and bytes that may wait for one peer actor; it passes them on at once.
@@ -37,6 +39,8 @@ pub struct Wiring {
     pub member_id: u64,
     /// As told to other members.
     pub own_peer_urls: Vec<Url>,
+    /// Where connections to other members come from; `None`: as the system likes it.
+    pub local_address: Option<IpAddr>,
     pub election_timeout: Duration,
     pub incoming: Arc<dyn Incoming>,
     pub databases: Arc<dyn Databases>,
@@ -209,7 +213,7 @@ impl Links for Transport {
         self.peers.load().get(&id)?.numbers.status.since()
     }
 
-    fn render_metrics(&self, out: &mut String) {
+    fn render_metrics(&self, out: &mut Text) {
         self.shared.numbers.render(out);
     }
 }

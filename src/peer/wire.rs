@@ -1,6 +1,7 @@
 //! What requests between members have in common: headers, versions, and what all parts of the transport share.
 
 use std::{
+    net::IpAddr,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -43,6 +44,7 @@ pub struct Shared {
     /// Own peer URLs as in the header: as configured until the members tell them.
     own_urls: ArcSwap<HeaderValue>,
     pub dial_timeout: Duration,
+    local_address: Option<IpAddr>,
     pub incoming: Arc<dyn Incoming>,
     pub databases: Arc<dyn Databases>,
     pub numbers: Arc<Numbers>,
@@ -68,6 +70,7 @@ impl Shared {
             member_id: wiring.member_id,
             own_urls: ArcSwap::from_pointee(url_header(&own_urls)),
             dial_timeout,
+            local_address: wiring.local_address,
             incoming: wiring.incoming,
             databases: wiring.databases,
             numbers: Arc::new(Numbers::new(wiring.member_id)),
@@ -100,11 +103,11 @@ impl Shared {
     }
 
     pub fn stream_limits(&self) -> Limits {
-        Limits { connect: self.dial_timeout, read: Some(STREAM_STEP), write: Some(STREAM_STEP) }
+        Limits { read: Some(STREAM_STEP), write: Some(STREAM_STEP), ..self.post_limits() }
     }
 
     pub fn post_limits(&self) -> Limits {
-        Limits { connect: self.dial_timeout, read: None, write: Some(POST_STEP) }
+        Limits { from: self.local_address, connect: self.dial_timeout, read: None, write: Some(POST_STEP) }
     }
 
     /// Hands over what arrived, unless its sender was removed or it is for somebody else.

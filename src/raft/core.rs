@@ -32,6 +32,8 @@ pub struct Options {
     pub pre_vote: bool,
     /// Commit may run this many entries ahead of apply before proposals are refused.
     pub apply_lag_max: u64,
+    /// The same for revocations of leases: what makes room goes on longer.
+    pub revoke_lag_max: u64,
     /// Entries kept behind a checkpoint for followers that lag.
     pub catch_up_entries: u64,
     /// Bytes of them kept in memory at most.
@@ -570,9 +572,14 @@ impl Core {
             self.queued = kept;
             self.answers.extend(refused.into_iter().map(|p| (p.ticket.reply, Err(Error::NotLeader))));
         }
-        if self.node.raft.raft_log.committed > applied + self.options.apply_lag_max {
-            self.answers.extend(self.queued.drain(..).map(|p| (p.ticket.reply, Err(Error::TooManyRequests))));
-            return;
+        let lag = self.node.raft.raft_log.committed.saturating_sub(applied);
+        let Options { apply_lag_max, revoke_lag_max, .. } = self.options;
+        if lag > apply_lag_max {
+            let is_let_through = |p: &Proposal| lag <= revoke_lag_max && p.ticket.request.lease_revoke.is_some();
+            let (kept, refused): (VecDeque<_>, _) =
+                std::mem::take(&mut self.queued).into_iter().partition(is_let_through);
+            self.queued = kept;
+            self.answers.extend(refused.into_iter().map(|p: Proposal| (p.ticket.reply, Err(Error::TooManyRequests))));
         }
         while !self.queued.is_empty() {
             let (mut entries, mut ids, mut bytes) = (Vec::new(), Vec::new(), 0);

@@ -29,6 +29,7 @@ pub(super) fn options(id: u64) -> Options {
         heartbeat_ticks: 1,
         pre_vote: true,
         apply_lag_max: 5_000,
+        revoke_lag_max: 5_002,
         catch_up_entries: 5,
         catch_up_bytes: 1 << 20,
         // Small ids must not give members like fates.
@@ -67,10 +68,14 @@ impl Bench {
     }
 
     fn propose_until(&mut self, data: &'static [u8], deadline: Instant) {
+        self.propose_request(InternalRaftRequest::default(), data, deadline);
+    }
+
+    fn propose_request(&mut self, request: InternalRaftRequest, data: &'static [u8], deadline: Instant) {
         self.ids += 1;
         let (reply, _) = Reply::new(0);
         let permit = self.gate.try_enter(data.len()).unwrap();
-        let ticket = Ticket { request: Box::new(InternalRaftRequest::default()), reply, deadline, permit };
+        let ticket = Ticket { request: Box::new(request), reply, deadline, permit };
         self.core.propose(Proposal {
             data: Bytes::from_static(data),
             conf_change: false,
@@ -222,6 +227,14 @@ fn proposals_are_refused_when_apply_lags_too_far() {
     bench.propose(b"one too many");
     bench.poll();
     assert_eq!(bench.errors(), [Error::TooManyRequests]);
+    // What makes room is let through a little longer.
+    for (applied, is_refused) in [(1, false), (0, true)] {
+        bench.applied = applied;
+        let revoke = InternalRaftRequest { lease_revoke: Some(Default::default()), ..Default::default() };
+        bench.propose_request(revoke, b"revoke", bench.now + Duration::from_secs(7));
+        bench.poll();
+        assert_eq!(!bench.errors().is_empty(), is_refused, "{applied} applied");
+    }
     bench.applied = 3;
     bench.propose(b"again");
     bench.poll();

@@ -1,5 +1,5 @@
 //! The cluster version: what all members can do. The leader looks at everybody's version when it begins to lead and then
-//! every few seconds, raises the cluster's to the lowest, and ends a downgrade when all have come down.
+//! every few seconds and raises the cluster's to the lowest. At times of its own it ends a downgrade when all have come down.
 
 use std::{sync::Arc, time::Duration};
 
@@ -40,15 +40,42 @@ pub async fn watch(server: Arc<Server>, runtime: usize) {
 pub async fn look(server: &Server, term: u64, runtime: usize) -> Result<(), apply::Error> {
     let versions = versions(server).await;
     let view = server.view.load_full();
-    let (current, job) = (view.members.cluster_version(), view.members.downgrade().clone());
-    let target: Option<Version> = if job.enabled { job.target_version.parse().ok() } else { None };
-    if let Some(version) = decide(current, lowest(&versions), target) {
+    let current = view.members.cluster_version();
+    if let Some(version) = decide(current, lowest(&versions), target(&view)) {
         tracing::info!(from = ?current.map(|v| v.to_string()), to = %version, "setting the cluster version");
         let request = bootstrap::cluster_version_request(version);
         server.propose_for(request, oldest_of(&versions, current), Some(term), runtime).await?;
     }
-    if target.is_some_and(|target| have_come_down(&versions, target)) {
-        tracing::info!(version = %job.target_version, "the downgrade is done");
+    Ok(())
+}
+
+/// The release a downgrade under way goes to.
+fn target(view: &apply::View) -> Option<Version> {
+    let job = view.members.downgrade();
+    if job.enabled { job.target_version.parse().ok() } else { None }
+}
+
+/// Looks every so often, while this member leads, whether a downgrade has come to its end.
+pub async fn watch_downgrade(server: Arc<Server>, every: Duration, runtime: usize) {
+    let mut ticks = super::ticks(every);
+    ticks.tick().await;
+    loop {
+        ticks.tick().await;
+        let raft = server.raft_status.read();
+        if !raft.is_leader {
+            continue;
+        }
+        match end_downgrade(&server, raft.term, runtime).await {
+            Ok(()) | Err(apply::Error::NotLeader) => {}
+            Err(e) => tracing::warn!("the downgrade could not be ended: {e}"),
+        }
+    }
+}
+
+async fn end_downgrade(server: &Server, term: u64, runtime: usize) -> Result<(), apply::Error> {
+    let Some(target) = target(&server.view.load_full()) else { return Ok(()) };
+    if have_come_down(&versions(server).await, target) {
+        tracing::info!(version = %target, "the downgrade is done");
         let done = DowngradeInfoSetRequest { enabled: false, ver: String::new() };
         let request = InternalRaftRequest { downgrade_info_set: Some(done), ..Default::default() };
         server.propose_as(request, Some(term), runtime).await?;

@@ -280,6 +280,7 @@ impl Member {
             heartbeat_ticks: 1,
             pre_vote: config.pre_vote,
             apply_lag_max: 5_000,
+            revoke_lag_max: 5_000,
             catch_up_entries: config.catch_up_entries,
             catch_up_bytes: 64 << 10,
             seed: (self.clock_ms + now / MS) << 8 ^ self.id << 48 ^ seed,

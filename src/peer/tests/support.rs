@@ -156,6 +156,7 @@ impl Node {
             cluster_id,
             member_id: id,
             own_peer_urls: vec![Url::parse(&url).unwrap()],
+            local_address: None,
             election_timeout: Duration::from_secs(1),
             incoming: heard.clone(),
             databases: Arc::new(Snapshotter(heard.clone())),
@@ -196,9 +197,10 @@ impl Node {
     }
 
     pub fn metric(&self, sample: &str) -> f64 {
-        let mut text = String::new();
+        let mut text = Text::default();
         self.transport.render_metrics(&mut text);
-        let line = text.lines().find(|line| line.starts_with(sample)).unwrap_or_else(|| panic!("{sample} in {text}"));
+        let line =
+            text.0.lines().find(|line| line.starts_with(sample)).unwrap_or_else(|| panic!("{sample} in {}", text.0));
         line.rsplit_once(' ').unwrap().1.parse().unwrap()
     }
 }
