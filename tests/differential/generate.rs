@@ -11,7 +11,10 @@ use actd::pb::etcdserverpb::{
 use bytes::Bytes;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 
-use crate::answer::{Answer, Reply};
+use crate::{
+    answer::{Answer, Reply},
+    known::NEVER_ASKED,
+};
 
 /// What the servers are started with, so that too large requests stay cheap (G-10, G-11).
 pub const MAX_REQUEST_BYTES: usize = 64 * 1024;
@@ -94,7 +97,16 @@ impl Generator {
         }
     }
 
+    /// The next step, made such that it is none of `known::NEVER_ASKED`.
     pub fn step(&mut self) -> Step {
+        let mut step = self.any_step();
+        if let Step::Call(request) = &mut step {
+            NEVER_ASKED.iter().for_each(|never| (never.spare)(request));
+        }
+        step
+    }
+
+    fn any_step(&mut self) -> Step {
         if let Some(step) = self.queue.pop_front() {
             return step;
         }
@@ -113,11 +125,7 @@ impl Generator {
             500..590 => Step::Call(Request::DeleteRange(self.delete())),
             590..800 => {
                 let flat = self.spare_old && !self.armed.is_empty();
-                let mut txn = self.txn(if flat { NESTING_MAX } else { 0 });
-                if deletes_from_key(&txn) {
-                    ignore_nothing(&mut txn);
-                }
-                Step::Call(Request::Txn(txn))
+                Step::Call(Request::Txn(self.txn(if flat { NESTING_MAX } else { 0 })))
             }
             800..815 => self.compact(),
             815..850 => Step::Call(Request::LeaseGrant(self.grant())),
@@ -143,7 +151,7 @@ impl Generator {
             989..991 => Step::WatchReopen(self.stream()),
             991..993 => {
                 self.fat_revision();
-                self.step()
+                self.any_step()
             }
             993..997 => Step::Call(Request::Put(self.oversized_put())),
             _ => Step::Call(Request::Txn(self.oversized_txn())),
@@ -306,10 +314,7 @@ impl Generator {
         if refused > 1 {
             range.sort_order = if range.sort_order > 1 { 1 } else { range.sort_order };
             range.sort_target = 0;
-        } else if range.sort_order == 0 {
-            range.sort_target = 0; // a defect of 3.7 lies here (KV-38)
         }
-        range.revision = range.revision.max(0); // and here (KV-32)
         range
     }
 
@@ -473,7 +478,11 @@ impl Generator {
         }
         let compact = CompactionRequest { revision, physical: true };
         self.queue.push_back(Step::Call(Request::Compact(compact)));
-        if revision > self.compacted && revision <= self.revision || revision <= 0 { Step::Settle } else { self.step() }
+        if revision > self.compacted && revision <= self.revision || revision <= 0 {
+            Step::Settle
+        } else {
+            self.any_step()
+        }
     }
 
     fn grant(&mut self) -> LeaseGrantRequest {
@@ -545,27 +554,6 @@ impl Generator {
             prev_kv: self.rng.random_bool(0.4),
             watch_id: if self.rng.random_bool(0.3) { self.watch_id() } else { 0 },
             fragment: self.rng.random_bool(0.3),
-        }
-    }
-}
-
-/// Whether there is a delete that the check for duplicate keys does not see (KV-65).
-fn deletes_from_key(txn: &TxnRequest) -> bool {
-    txn.success.iter().chain(&txn.failure).any(|operation| match &operation.request {
-        Some(request_op::Request::RequestDeleteRange(delete)) => *delete.range_end == *b"\0",
-        Some(request_op::Request::RequestTxn(inner)) => deletes_from_key(inner),
-        _ => false,
-    })
-}
-
-/// A put that keeps a value or lease which the same transaction has deleted ends the process of any etcd: the key was
-/// there when it was checked (KV-58).
-fn ignore_nothing(txn: &mut TxnRequest) {
-    for operation in txn.success.iter_mut().chain(&mut txn.failure) {
-        match &mut operation.request {
-            Some(request_op::Request::RequestPut(put)) => (put.ignore_value, put.ignore_lease) = (false, false),
-            Some(request_op::Request::RequestTxn(inner)) => ignore_nothing(inner),
-            _ => {}
         }
     }
 }
