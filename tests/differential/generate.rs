@@ -120,24 +120,24 @@ impl Generator {
         }
         match self.rng.random_range(0..1000) {
             0..255 => Step::Call(Request::Put(self.put())),
-            255..460 => Step::Call(Request::Range(self.range(true))),
-            460..500 => Step::Call(Request::RangeStream(self.range_of_stream())),
-            500..590 => Step::Call(Request::DeleteRange(self.delete())),
-            590..800 => {
+            255..456 => Step::Call(Request::Range(self.range(true))),
+            456..496 => Step::Call(Request::RangeStream(self.range_of_stream())),
+            496..586 => Step::Call(Request::DeleteRange(self.delete())),
+            586..796 => {
                 let flat = self.spare_old && !self.armed.is_empty();
                 Step::Call(Request::Txn(self.txn(if flat { NESTING_MAX } else { 0 })))
             }
-            800..815 => self.compact(),
-            815..850 => Step::Call(Request::LeaseGrant(self.grant())),
-            850..870 => Step::Call(Request::LeaseRevoke(LeaseRevokeRequest { id: self.lease() })),
-            870..885 => Step::Call(Request::LeaseKeepAlive(self.lease())),
-            885..900 => {
+            796..811 => self.compact(),
+            811..846 => Step::Call(Request::LeaseGrant(self.grant())),
+            846..866 => Step::Call(Request::LeaseRevoke(LeaseRevokeRequest { id: self.lease() })),
+            866..881 => Step::Call(Request::LeaseKeepAlive(self.lease())),
+            881..896 => {
                 let request = LeaseTimeToLiveRequest { id: self.lease(), keys: self.rng.random_bool(0.6) };
                 Step::Call(Request::LeaseTimeToLive(request))
             }
-            900..908 => Step::Call(Request::LeaseLeases),
-            908..922 => Step::Call(Request::HashKv(HashKvRequest { revision: self.read_revision() })),
-            922..928 => Step::Call(Request::Alarm(self.alarm())),
+            896..904 => Step::Call(Request::LeaseLeases),
+            904..918 => Step::Call(Request::HashKv(HashKvRequest { revision: self.read_revision() })),
+            918..928 => Step::Call(Request::Alarm(self.alarm())),
             928..964 => {
                 let stream = self.stream();
                 Step::WatchCreate(stream, self.watch())
@@ -291,29 +291,38 @@ impl Generator {
         range.keys_only = self.rng.random_bool(0.15);
         range.count_only = self.rng.random_bool(0.1);
         if filters && self.rng.random_bool(0.25) {
-            let near = self.revision - self.rng.random_range(0..30);
-            match self.rng.random_range(0..5) {
-                0 => range.min_mod_revision = near,
-                1 => range.max_mod_revision = near,
-                2 => range.min_create_revision = near,
-                3 => range.max_create_revision = near,
-                _ => {
-                    range.min_mod_revision = near;
-                    range.max_create_revision = near + 3;
-                    range.max_mod_revision = self.one_of(&[-1, self.revision, i64::MAX]);
-                    range.min_create_revision = self.one_of(&[-1, 1, i64::MIN]);
-                }
-            }
+            self.filter(&mut range);
         }
         range
     }
 
+    fn filter(&mut self, range: &mut RangeRequest) {
+        let near = self.revision - self.rng.random_range(0..30);
+        match self.rng.random_range(0..5) {
+            0 => range.min_mod_revision = near,
+            1 => range.max_mod_revision = near,
+            2 => range.min_create_revision = near,
+            3 => range.max_create_revision = near,
+            _ => {
+                range.min_mod_revision = near;
+                range.max_create_revision = near + 3;
+                range.max_mod_revision = self.one_of(&[-1, self.revision, i64::MAX]);
+                range.min_create_revision = self.one_of(&[-1, 1, i64::MIN]);
+            }
+        }
+    }
+
+    /// Some are refused for their order, some for their filters (KV-30), and some have both.
     fn range_of_stream(&mut self) -> RangeRequest {
-        let refused = self.rng.random_range(0..20);
-        let mut range = self.range(refused == 0);
-        if refused > 1 {
-            range.sort_order = if range.sort_order > 1 { 1 } else { range.sort_order };
-            range.sort_target = 0;
+        let mut range = self.range(false);
+        let kind = self.rng.random_range(0..20);
+        if kind < 3 {
+            (range.sort_order, range.sort_target) = self.one_of(&[(1, 1), (1, 4), (2, 0), (2, 2), (2, 3)]);
+        } else if range.sort_order > 0 {
+            (range.sort_order, range.sort_target) = (1, 0);
+        }
+        if (2..5).contains(&kind) {
+            self.filter(&mut range);
         }
         range
     }
@@ -503,7 +512,7 @@ impl Generator {
     }
 
     fn alarm(&mut self) -> AlarmRequest {
-        let action = self.one_of(&[0, 1, 1, 1, 2]);
+        let action = self.one_of(&[0, 0, 0, 1, 1, 1, 2, 2]);
         let none = i32::from(self.spare_old && action == 1);
         AlarmRequest {
             action,
@@ -511,7 +520,7 @@ impl Generator {
             alarm: match self.armed.first() {
                 // 3.4 obeys the alarm raised last instead of the stronger one.
                 Some(armed) if self.spare_old && action == 1 => armed.alarm,
-                _ => self.one_of(&[none, 1, 1, 2, 2]),
+                _ => self.one_of(&[none, none, 1, 1, 2, 2]),
             },
         }
     }
