@@ -11,7 +11,10 @@ use actd::pb::etcdserverpb::{
 use bytes::Bytes;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 
-use crate::answer::{Answer, Reply};
+use crate::{
+    answer::{Answer, Reply},
+    known::NEVER_ASKED,
+};
 
 /// What the servers are started with, so that too large requests stay cheap (G-10, G-11).
 pub const MAX_REQUEST_BYTES: usize = 64 * 1024;
@@ -94,7 +97,16 @@ impl Generator {
         }
     }
 
+    /// The next step, made such that it is none of `known::NEVER_ASKED`.
     pub fn step(&mut self) -> Step {
+        let mut step = self.any_step();
+        if let Step::Call(request) = &mut step {
+            NEVER_ASKED.iter().for_each(|never| (never.spare)(request));
+        }
+        step
+    }
+
+    fn any_step(&mut self) -> Step {
         if let Some(step) = self.queue.pop_front() {
             return step;
         }
@@ -108,28 +120,24 @@ impl Generator {
         }
         match self.rng.random_range(0..1000) {
             0..255 => Step::Call(Request::Put(self.put())),
-            255..460 => Step::Call(Request::Range(self.range(true))),
-            460..500 => Step::Call(Request::RangeStream(self.range_of_stream())),
-            500..590 => Step::Call(Request::DeleteRange(self.delete())),
-            590..800 => {
+            255..456 => Step::Call(Request::Range(self.range(true))),
+            456..496 => Step::Call(Request::RangeStream(self.range_of_stream())),
+            496..586 => Step::Call(Request::DeleteRange(self.delete())),
+            586..796 => {
                 let flat = self.spare_old && !self.armed.is_empty();
-                let mut txn = self.txn(if flat { NESTING_MAX } else { 0 });
-                if deletes_from_key(&txn) {
-                    ignore_nothing(&mut txn);
-                }
-                Step::Call(Request::Txn(txn))
+                Step::Call(Request::Txn(self.txn(if flat { NESTING_MAX } else { 0 })))
             }
-            800..815 => self.compact(),
-            815..850 => Step::Call(Request::LeaseGrant(self.grant())),
-            850..870 => Step::Call(Request::LeaseRevoke(LeaseRevokeRequest { id: self.lease() })),
-            870..885 => Step::Call(Request::LeaseKeepAlive(self.lease())),
-            885..900 => {
+            796..811 => self.compact(),
+            811..846 => Step::Call(Request::LeaseGrant(self.grant())),
+            846..866 => Step::Call(Request::LeaseRevoke(LeaseRevokeRequest { id: self.lease() })),
+            866..881 => Step::Call(Request::LeaseKeepAlive(self.lease())),
+            881..896 => {
                 let request = LeaseTimeToLiveRequest { id: self.lease(), keys: self.rng.random_bool(0.6) };
                 Step::Call(Request::LeaseTimeToLive(request))
             }
-            900..908 => Step::Call(Request::LeaseLeases),
-            908..922 => Step::Call(Request::HashKv(HashKvRequest { revision: self.read_revision() })),
-            922..928 => Step::Call(Request::Alarm(self.alarm())),
+            896..904 => Step::Call(Request::LeaseLeases),
+            904..918 => Step::Call(Request::HashKv(HashKvRequest { revision: self.read_revision() })),
+            918..928 => Step::Call(Request::Alarm(self.alarm())),
             928..964 => {
                 let stream = self.stream();
                 Step::WatchCreate(stream, self.watch())
@@ -143,7 +151,7 @@ impl Generator {
             989..991 => Step::WatchReopen(self.stream()),
             991..993 => {
                 self.fat_revision();
-                self.step()
+                self.any_step()
             }
             993..997 => Step::Call(Request::Put(self.oversized_put())),
             _ => Step::Call(Request::Txn(self.oversized_txn())),
@@ -283,33 +291,39 @@ impl Generator {
         range.keys_only = self.rng.random_bool(0.15);
         range.count_only = self.rng.random_bool(0.1);
         if filters && self.rng.random_bool(0.25) {
-            let near = self.revision - self.rng.random_range(0..30);
-            match self.rng.random_range(0..5) {
-                0 => range.min_mod_revision = near,
-                1 => range.max_mod_revision = near,
-                2 => range.min_create_revision = near,
-                3 => range.max_create_revision = near,
-                _ => {
-                    range.min_mod_revision = near;
-                    range.max_create_revision = near + 3;
-                    range.max_mod_revision = self.one_of(&[-1, self.revision, i64::MAX]);
-                    range.min_create_revision = self.one_of(&[-1, 1, i64::MIN]);
-                }
-            }
+            self.filter(&mut range);
         }
         range
     }
 
-    fn range_of_stream(&mut self) -> RangeRequest {
-        let refused = self.rng.random_range(0..20);
-        let mut range = self.range(refused == 0);
-        if refused > 1 {
-            range.sort_order = if range.sort_order > 1 { 1 } else { range.sort_order };
-            range.sort_target = 0;
-        } else if range.sort_order == 0 {
-            range.sort_target = 0; // a defect of 3.7 lies here (KV-38)
+    fn filter(&mut self, range: &mut RangeRequest) {
+        let near = self.revision - self.rng.random_range(0..30);
+        match self.rng.random_range(0..5) {
+            0 => range.min_mod_revision = near,
+            1 => range.max_mod_revision = near,
+            2 => range.min_create_revision = near,
+            3 => range.max_create_revision = near,
+            _ => {
+                range.min_mod_revision = near;
+                range.max_create_revision = near + 3;
+                range.max_mod_revision = self.one_of(&[-1, self.revision, i64::MAX]);
+                range.min_create_revision = self.one_of(&[-1, 1, i64::MIN]);
+            }
         }
-        range.revision = range.revision.max(0); // and here (KV-32)
+    }
+
+    /// Some are refused for their order, some for their filters (KV-30), and some have both.
+    fn range_of_stream(&mut self) -> RangeRequest {
+        let mut range = self.range(false);
+        let kind = self.rng.random_range(0..20);
+        if kind < 3 {
+            (range.sort_order, range.sort_target) = self.one_of(&[(1, 1), (1, 4), (2, 0), (2, 2), (2, 3)]);
+        } else if range.sort_order > 0 {
+            (range.sort_order, range.sort_target) = (1, 0);
+        }
+        if (2..5).contains(&kind) {
+            self.filter(&mut range);
+        }
         range
     }
 
@@ -473,7 +487,11 @@ impl Generator {
         }
         let compact = CompactionRequest { revision, physical: true };
         self.queue.push_back(Step::Call(Request::Compact(compact)));
-        if revision > self.compacted && revision <= self.revision || revision <= 0 { Step::Settle } else { self.step() }
+        if revision > self.compacted && revision <= self.revision || revision <= 0 {
+            Step::Settle
+        } else {
+            self.any_step()
+        }
     }
 
     fn grant(&mut self) -> LeaseGrantRequest {
@@ -494,7 +512,7 @@ impl Generator {
     }
 
     fn alarm(&mut self) -> AlarmRequest {
-        let action = self.one_of(&[0, 1, 1, 1, 2]);
+        let action = self.one_of(&[0, 0, 0, 1, 1, 1, 2, 2]);
         let none = i32::from(self.spare_old && action == 1);
         AlarmRequest {
             action,
@@ -502,7 +520,7 @@ impl Generator {
             alarm: match self.armed.first() {
                 // 3.4 obeys the alarm raised last instead of the stronger one.
                 Some(armed) if self.spare_old && action == 1 => armed.alarm,
-                _ => self.one_of(&[none, 1, 1, 2, 2]),
+                _ => self.one_of(&[none, none, 1, 1, 2, 2]),
             },
         }
     }
@@ -545,27 +563,6 @@ impl Generator {
             prev_kv: self.rng.random_bool(0.4),
             watch_id: if self.rng.random_bool(0.3) { self.watch_id() } else { 0 },
             fragment: self.rng.random_bool(0.3),
-        }
-    }
-}
-
-/// Whether there is a delete that the check for duplicate keys does not see (KV-65).
-fn deletes_from_key(txn: &TxnRequest) -> bool {
-    txn.success.iter().chain(&txn.failure).any(|operation| match &operation.request {
-        Some(request_op::Request::RequestDeleteRange(delete)) => *delete.range_end == *b"\0",
-        Some(request_op::Request::RequestTxn(inner)) => deletes_from_key(inner),
-        _ => false,
-    })
-}
-
-/// A put that keeps a value or lease which the same transaction has deleted ends the process of any etcd: the key was
-/// there when it was checked (KV-58).
-fn ignore_nothing(txn: &mut TxnRequest) {
-    for operation in txn.success.iter_mut().chain(&mut txn.failure) {
-        match &mut operation.request {
-            Some(request_op::Request::RequestPut(put)) => (put.ignore_value, put.ignore_lease) = (false, false),
-            Some(request_op::Request::RequestTxn(inner)) => ignore_nothing(inner),
-            _ => {}
         }
     }
 }

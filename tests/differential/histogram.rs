@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fmt::Write};
 
-use actd::pb::etcdserverpb::{RangeRequest, RequestOp, TxnRequest, WatchCreateRequest, request_op};
+use actd::pb::etcdserverpb::{AlarmRequest, RangeRequest, RequestOp, TxnRequest, WatchCreateRequest, request_op};
 
 use crate::{
     answer::{Answer, Reply},
@@ -27,6 +27,7 @@ const REQUIRED: &[&str] = &[
     "call/HashKV",
     "call/Alarm",
     "ok/Range",
+    "ok/RangeStream",
     "ok/Put",
     "ok/DeleteRange",
     "ok/Txn",
@@ -35,6 +36,7 @@ const REQUIRED: &[&str] = &[
     "ok/LeaseRevoke",
     "ok/LeaseKeepAlive",
     "ok/LeaseTimeToLive",
+    "ok/LeaseLeases",
     "ok/HashKV",
     "ok/Alarm",
     "field/Range.range_end",
@@ -65,9 +67,20 @@ const REQUIRED: &[&str] = &[
     "field/Compare.target 2",
     "field/Compare.target 3",
     "field/Compare.target 4",
+    "field/Compare.result 0",
+    "field/Compare.result 1",
+    "field/Compare.result 2",
+    "field/Compare.result 3",
     "field/Compact.physical",
     "field/LeaseGrant.ID",
     "field/LeaseTimeToLive.keys",
+    "field/Alarm.action 0",
+    "field/Alarm.action 1",
+    "field/Alarm.action 2",
+    "field/Alarm.memberID",
+    "field/Alarm.alarm 0",
+    "field/Alarm.alarm 1",
+    "field/Alarm.alarm 2",
     "field/WatchCreate.range_end",
     "field/WatchCreate.start_revision",
     "field/WatchCreate.filters",
@@ -79,6 +92,7 @@ const REQUIRED: &[&str] = &[
     "watch/created on compacted history",
     "watch/cancel",
     "watch/cancel of an unknown id",
+    "watch/empty request",
     "watch/progress answered",
     "watch/sync",
     "watch/events compared",
@@ -94,6 +108,8 @@ const REQUIRED: &[&str] = &[
     "error/etcdserver: too many operations in txn request",
     "error/etcdserver: duplicate key given in txn request",
     "error/etcdserver: invalid sort option",
+    "error/RangeStream does not support custom sort orders",
+    "error/RangeStream does not support revision filters",
     "error/etcdserver: mvcc: required revision has been compacted",
     "error/etcdserver: mvcc: required revision is a future revision",
     "error/etcdserver: mvcc: database space exceeded",
@@ -163,7 +179,8 @@ impl Histogram {
             Request::Compact(compact) => self.field("Compact.physical", compact.physical),
             Request::LeaseGrant(grant) => self.field("LeaseGrant.ID", grant.id != 0),
             Request::LeaseTimeToLive(ttl) => self.field("LeaseTimeToLive.keys", ttl.keys),
-            _ => {}
+            Request::Alarm(alarm) => self.alarm(alarm),
+            Request::LeaseRevoke(_) | Request::LeaseKeepAlive(_) | Request::LeaseLeases | Request::HashKv(_) => {}
         }
     }
 
@@ -182,6 +199,12 @@ impl Histogram {
         self.field("Range.max_create_revision", range.max_create_revision != 0);
     }
 
+    fn alarm(&mut self, alarm: &AlarmRequest) {
+        self.field(&format!("Alarm.action {}", alarm.action), true);
+        self.field("Alarm.memberID", alarm.member_id != 0);
+        self.field(&format!("Alarm.alarm {}", alarm.alarm), true);
+    }
+
     fn put(&mut self, put: &actd::pb::etcdserverpb::PutRequest) {
         self.field("Put.lease", put.lease != 0);
         self.field("Put.prev_kv", put.prev_kv);
@@ -198,9 +221,12 @@ impl Histogram {
         self.field("Txn.compare", !txn.compare.is_empty());
         self.field("Txn.success", !txn.success.is_empty());
         self.field("Txn.failure", !txn.failure.is_empty());
-        for compare in &txn.compare {
+        let mut compares = txn.compare.clone();
+        compares.dedup(); // a hundred times the same is no more than one
+        for compare in &compares {
             self.field("Compare.range_end", !compare.range_end.is_empty());
             self.field(&format!("Compare.target {}", compare.target), true);
+            self.field(&format!("Compare.result {}", compare.result), true);
         }
         for RequestOp { request } in txn.success.iter().chain(&txn.failure) {
             match request {

@@ -31,7 +31,7 @@ use answer::{Answer, Failure, Identity, Reply};
 use common::{Client, Server};
 use generate::{Generator, MAX_REQUEST_BYTES, OWN_MEMBER, Request, Step};
 use histogram::Histogram;
-use known::{KNOWN, NEVER_WITH_OLD, NOT_ASKED_OF_OLD, When};
+use known::{KNOWN, NEVER_ASKED, NEVER_WITH_OLD, NOT_ASKED_OF_OLD, When};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Status, Streaming};
@@ -72,6 +72,7 @@ fn random_requests_get_the_answers_of_etcd() {
         seed += 1;
     }
     println!("{}", histogram.render());
+    NEVER_ASKED.iter().for_each(|never| println!("never asked, {}: {}", never.statement, never.reason));
     if old_reference {
         NOT_ASKED_OF_OLD.iter().for_each(|(statement, reason)| println!("not asked, {statement}: {reason}"));
     }
