@@ -448,14 +448,14 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
         tasks.push(tokio::spawn(corruption::watch_compactions(server.clone(), every, own_runtime)));
     }
 
-    // Clients come in only now (G-14).
-    listeners.extend(serve(client_ports, &runtimes, for_clients));
     tracing::info!(
         member_id = format!("{:x}", ids.member),
         cluster_id = format!("{:x}", ids.cluster),
         took = ?began.elapsed(),
         "ready to serve client requests"
     );
+    // Clients come in only now (G-14).
+    listeners.extend(serve(client_ports, &runtimes, for_clients));
     Ok(Member { server, runtimes, arbiters, wal: wal_tx, listeners, tasks, transport, peer_port: Some(peer_port) })
 }
 
@@ -568,7 +568,7 @@ async fn listen(config: &Config) -> anyhow::Result<Vec<ClientPort<'_>>> {
 fn serve(ports: Vec<ClientPort<'_>>, runtimes: &Arc<Runtimes>, connections: usize) -> Vec<tokio::task::JoinHandle<()>> {
     let places = Arc::new(tokio::sync::Semaphore::new(connections));
     let serve = |(listener, serves, url): ClientPort<'_>| {
-        tracing::info!(address = %url, "serving clients");
+        tracing::info!(address = %url, "serving client traffic");
         tokio::spawn(listener::accept(listener, runtimes.clone(), serves, places.clone()))
     };
     ports.into_iter().map(serve).collect()

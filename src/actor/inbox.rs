@@ -106,7 +106,9 @@ impl<M: Message, C: Send + 'static> Sender<M, C> {
         if let Err(why) = self.stats.reserve(bytes) {
             return Err(Refused(message, why));
         }
-        match self.data.send(Queued { message, at: Instant::now() }) {
+        let at = Instant::now();
+        self.stats.queued(at);
+        match self.data.send(Queued { message, at }) {
             Ok(()) => {
                 self.waker.wake();
                 Ok(())

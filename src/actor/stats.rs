@@ -68,7 +68,8 @@ pub struct Stats {
     depth: AtomicUsize,
     bytes: AtomicUsize,
     depth_max: AtomicUsize,
-    /// Nanoseconds since `start` when the oldest message of the current batch was queued; 0 = lane empty.
+    /// Nanoseconds since `start` when the oldest message was queued, or, while messages are left over from a turn, the last
+    /// one it served; 0 = lane empty.
     oldest: AtomicU64,
     wait: Vec<Timer>,
     service: Vec<Timer>,
@@ -130,6 +131,12 @@ impl Stats {
         Err(refusal)
     }
 
+    pub(super) fn queued(&self, at: Instant) {
+        if self.oldest.load(Relaxed) == 0 {
+            self.oldest.store(self.nanos(at), Relaxed);
+        }
+    }
+
     pub(super) fn release(&self, bytes: usize) {
         self.depth.fetch_sub(1, Relaxed);
         self.bytes.fetch_sub(bytes, Relaxed);
@@ -178,7 +185,9 @@ impl Stats {
         self.batch_max_seen.fetch_max(messages, Relaxed);
         self.busy_kind.store(self.kinds.len(), Relaxed);
         self.busy_since.store(0, Relaxed);
-        self.oldest.store(0, Relaxed);
+        if self.depth() == 0 {
+            self.oldest.store(0, Relaxed);
+        }
     }
 
     /// What the actor is doing and since when; `None` when idle.

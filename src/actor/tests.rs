@@ -104,6 +104,8 @@ fn pause_holds_data_but_not_control() {
         sender.control(Ask::Note);
         assert_eq!(seen.recv_timeout(PATIENCE).unwrap(), "control");
         assert_eq!(sender.stats.depth(), 1);
+        let age = |after: u64| sender.stats.snapshot(Instant::now() + Duration::from_secs(after)).oldest_seconds;
+        assert!((60.0..90.0).contains(&age(60)), "{}", age(60));
         sender.stats.controls.paused.store(false, Ordering::Relaxed);
         sender.wake();
         assert_eq!(seen.recv_timeout(PATIENCE).unwrap(), "1");

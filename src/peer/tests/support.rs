@@ -197,7 +197,7 @@ impl Node {
     }
 
     pub fn metric(&self, sample: &str) -> f64 {
-        let mut text = Text::default();
+        let mut text = crate::telemetry::Text::default();
         self.transport.render_metrics(&mut text);
         let line =
             text.0.lines().find(|line| line.starts_with(sample)).unwrap_or_else(|| panic!("{sample} in {}", text.0));
