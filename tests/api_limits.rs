@@ -329,7 +329,7 @@ fn a_hundred_callers_that_give_up_leave_their_connection_alone() {
         let add = MemberAddRequest { peer_ur_ls: vec![theirs.clone()], is_learner: false };
         client.cluster.member_add(add).await.expect("a second member");
         second.join("m1", &format!("m0={ours},m1={theirs}"));
-        let large = PutRequest { key: "large".into(), value: vec![b'x'; 1_000_000].into(), ..Default::default() };
+        let large = PutRequest { key: "large".into(), value: vec![b'x'; 300_000].into(), ..Default::default() };
         client.kv.put(large).await.expect("more than is sent at once");
         let (requests, inbox) = tokio::sync::mpsc::unbounded_channel();
         let create = WatchCreateRequest { key: "k".into(), ..Default::default() };
