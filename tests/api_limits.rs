@@ -6,12 +6,13 @@ mod common;
 use std::{
     io::{ErrorKind, Read, Write},
     net::TcpStream,
-    path::Path,
+    path::PathBuf,
     time::{Duration, Instant},
 };
 
 use actd::pb::etcdserverpb::{
-    PutRequest, RangeRequest, WatchCancelRequest, WatchCreateRequest, WatchRequest, watch_request::RequestUnion,
+    LeaseKeepAliveRequest, MemberAddRequest, PutRequest, RangeRequest, SnapshotRequest, WatchCancelRequest,
+    WatchCreateRequest, WatchRequest, watch_request::RequestUnion,
 };
 use bytes::Bytes;
 use common::{
@@ -23,8 +24,12 @@ use tonic::{Code, Status};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
+fn program() -> PathBuf {
+    common::server_under_test(env!("CARGO_BIN_EXE_actd"))
+}
+
 fn start(flags: &[&str]) -> Server {
-    Server::start(Path::new(&common::server_under_test(env!("CARGO_BIN_EXE_actd"))), flags)
+    Server::start(&program(), flags)
 }
 
 fn runtime() -> tokio::runtime::Runtime {
@@ -227,7 +232,7 @@ fn stream_limit_holds_when_it_is_set() {
 fn two_servers_on_one_port_are_refused() {
     let server = start(&[]);
     let folder = tempfile::tempdir().expect("a folder");
-    let output = std::process::Command::new(common::server_under_test(env!("CARGO_BIN_EXE_actd")))
+    let output = std::process::Command::new(program())
         .args(["--data-dir", &folder.path().display().to_string()])
         .args(["--listen-client-urls", &server.endpoint(), "--advertise-client-urls", &server.endpoint()])
         .output()
@@ -248,7 +253,7 @@ fn second_process_on_one_data_directory_is_refused() {
         .map(|entry| entry.expect("an entry").path())
         .find(|path| path.join("member").is_dir())
         .expect("a data directory");
-    let output = std::process::Command::new(common::server_under_test(env!("CARGO_BIN_EXE_actd")))
+    let output = std::process::Command::new(program())
         .args(["--data-dir", &data.display().to_string()])
         .args(["--listen-client-urls", &endpoint, "--advertise-client-urls", &endpoint])
         .output()
@@ -260,7 +265,7 @@ fn second_process_on_one_data_directory_is_refused() {
 
 #[test]
 fn held_connections_leave_the_log_its_descriptors() {
-    let program = common::server_under_test(env!("CARGO_BIN_EXE_actd"));
+    let program = program();
     let [metrics, _] = common::free_ports();
     let listen_metrics = format!("--listen-metrics-urls=http://127.0.0.1:{metrics}");
     let mut server = Server::start_with_open_files(&program, 200, &[&listen_metrics]);
@@ -295,13 +300,37 @@ fn held_connections_leave_the_log_its_descriptors() {
     );
 }
 
+/// One of the calls that hold something of the server's while they run; streams end after their first answer.
+async fn some_call(mut client: Client, which: u64) -> Result<(), Status> {
+    let large = RangeRequest { key: "large".into(), ..Default::default() };
+    match which % 5 {
+        0 => drop(client.kv.range(large).await?),
+        1 => drop(client.kv.put(PutRequest { key: "other".into(), ..Default::default() }).await?),
+        2 => {
+            let asks = tokio_stream::iter([LeaseKeepAliveRequest { id: 1 }]);
+            client.lease.lease_keep_alive(asks).await?.into_inner().message().await?;
+        }
+        3 => drop(client.kv.range_stream(large).await?.into_inner().message().await?),
+        _ => drop(client.maintenance.snapshot(SnapshotRequest {}).await?.into_inner().message().await?),
+    }
+    Ok(())
+}
+
 #[test]
 fn a_hundred_callers_that_give_up_leave_their_connection_alone() {
     let server = start(&[]);
+    // With a second member raft is asked before a read.
+    let mut second = Server::stopped_in(&std::env::temp_dir(), &program(), &[]);
     let rt = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime");
     rt.block_on(async {
         let channel = channel(&server).await;
         let mut client = Client::over(channel.clone());
+        let [ours, theirs] = [&server, &second].map(|member| format!("http://127.0.0.1:{}", member.peer_port));
+        let add = MemberAddRequest { peer_ur_ls: vec![theirs.clone()], is_learner: false };
+        client.cluster.member_add(add).await.expect("a second member");
+        second.join("m1", &format!("m0={ours},m1={theirs}"));
+        let large = PutRequest { key: "large".into(), value: vec![b'x'; 300_000].into(), ..Default::default() };
+        client.kv.put(large).await.expect("more than is sent at once");
         let (requests, inbox) = tokio::sync::mpsc::unbounded_channel();
         let create = WatchCreateRequest { key: "k".into(), ..Default::default() };
         let request = WatchRequest { request_union: Some(RequestUnion::CreateRequest(create)) };
@@ -310,14 +339,13 @@ fn a_hundred_callers_that_give_up_leave_their_connection_alone() {
         assert!(events.message().await.expect("open").expect("an answer").created);
 
         let callers = (0..100_u64).map(|caller| {
-            let mut kv = client.kv.clone();
+            let client = client.clone();
             tokio::spawn(async move {
                 // The client's own library ends a connection on which it has given up a thousand calls.
                 for call in 0..9 {
                     let patience = Duration::from_micros((caller * 7919 + call * 104_729) % 2_000);
-                    let range = RangeRequest { key: "k".into(), ..Default::default() };
                     // Giving up resets the stream.
-                    if let Ok(Err(status)) = tokio::time::timeout(patience, kv.range(range)).await {
+                    if let Ok(Err(status)) = tokio::time::timeout(patience, some_call(client.clone(), call)).await {
                         panic!("neither answered nor given up: {status}");
                     }
                 }
@@ -329,7 +357,17 @@ fn a_hundred_callers_that_give_up_leave_their_connection_alone() {
         client.kv.put(put(1)).await.expect("a put on the same connection");
         let event = tokio::time::timeout(PATIENCE, events.message()).await.expect("in time");
         assert_eq!(event.expect("the watch lives").expect("an answer").events.len(), 1);
+        // Others are on their way when the connection goes.
+        for call in 0..100 {
+            tokio::spawn(some_call(client.clone(), call));
+        }
+        tokio::task::yield_now().await;
     });
+    drop(rt);
+    for gate in ["proposals", "reads", "answer_pieces", "answers_whole"] {
+        until_metric(&server, &format!("actd_gate_slots_used{{gate=\"{gate}\"}}"), 0.0);
+    }
+    until_metric(&server, "etcd_mvcc_db_open_read_transactions", 0.0);
 }
 
 #[test]

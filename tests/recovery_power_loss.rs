@@ -1,5 +1,6 @@
 //! Power loss: the log's files are cut back to what their last sync covered, the store loses unsynced batches, and then
-//! the member starts again. Nothing acknowledged is lost (D-1, D-5, D-6, H-2).
+//! the member starts again. Nothing acknowledged is lost, of history neither, which has each revision once and in order
+//! (D-1, D-5, D-6, H-2, KV-9).
 //!
 //! The shipped cores and the shipped log writer, driven by hand over a disk that notes what was synced: kill -9 alone says
 //! nothing about fsync, because the system keeps what a process wrote.
@@ -16,9 +17,9 @@ use std::{
 
 use actd::{
     actor::Gate,
-    apply::{self, Reply, Ticket},
+    apply::{self, Reply, Response, Ticket},
     cluster::bootstrap::InitialCluster,
-    mvcc::range,
+    mvcc::{KeyRange, range, replay},
     pb::etcdserverpb::{InternalRaftRequest, Metadata, PutRequest, RangeRequest, RequestHeader},
     raft::{self, Append, Committed, Output, Proposal},
     storage::{Storage, mem::MemStorage},
@@ -52,6 +53,8 @@ struct World {
     disk: Arc<RecordingDisk>,
     storage: Arc<MemStorage>,
     acknowledged: BTreeMap<String, String>,
+    /// Every acknowledged put: revision → key and value.
+    history: BTreeMap<i64, (String, String)>,
     /// Asked for by a life of the member that ended: may be there or not.
     unknown: BTreeMap<String, Vec<String>>,
     sequence: u64,
@@ -180,10 +183,12 @@ impl Member {
         }
         let Some(effects) = self.apply.commit().expect("the store is written") else { return };
         for (_, outcome) in &effects.answers {
-            outcome.as_ref().expect("a put succeeds");
+            let Ok(Response::Put(put)) = outcome else { panic!("a put succeeds: {outcome:?}") };
             let (key, value) = self.asked.pop_front().expect("answers come in the order of the questions");
             world.unknown.remove(&key);
-            world.acknowledged.insert(key, value);
+            let revision = put.header.as_ref().expect("a header").revision;
+            world.acknowledged.insert(key.clone(), value.clone());
+            world.history.insert(revision, (key, value));
             world.acknowledgements += 1;
         }
         if let Some(done) = effects.conf_changed {
@@ -224,6 +229,18 @@ fn check(world: &World, member: &Member) {
         let maybe = world.unknown.get(key).is_some_and(|values| values.contains(&now));
         assert!(now == *value || maybe, "{key}: {value:.12} was acknowledged, {now:.12} is there");
     }
+    // As a watch from the beginning reads it.
+    let all = replay::Limit { changes: usize::MAX, bytes: usize::MAX };
+    let found = replay::changes(&view.kv, &*world.storage, KeyRange::ALL, 1, view.kv.revision, all).expect("history");
+    let revisions: Vec<i64> = found.changes.iter().map(|change| change.revision.main).collect();
+    assert_eq!(revisions, (2..=view.kv.revision).collect::<Vec<_>>(), "each revision once, in order (KV-9)");
+    for (revision, (key, value)) in &world.history {
+        let change = usize::try_from(revision - 2).ok().and_then(|at| found.changes.get(at));
+        let change = change.unwrap_or_else(|| panic!("{key} was acknowledged at {revision} and is not in the history"));
+        let record = change.kv.decode_record().expect("a record");
+        let is_same = (&record.key[..], &record.value[..]) == (key.as_bytes(), value.as_bytes());
+        assert!(is_same, "{key} = {value:.12} was acknowledged at {revision}, {record:?} is there");
+    }
 }
 
 #[test]
@@ -238,6 +255,7 @@ fn nothing_acknowledged_is_lost_when_unsynced_bytes_are() {
         disk: Arc::new(RecordingDisk::new(Arc::new(RealDisk))),
         storage: Arc::new(MemStorage::new()),
         acknowledged: BTreeMap::new(),
+        history: BTreeMap::new(),
         unknown: BTreeMap::new(),
         sequence: 0,
         acknowledgements: 0,

@@ -105,6 +105,12 @@ impl FjallStorage {
         let (notes, note) = NoteFile::open(&dir.join("synced"))?;
         refuse_locked(&rows)?;
         let checked = journal::check(&rows, note, dir)?;
+        if let Some(repair) = &checked.repaired {
+            tracing::warn!(
+                journal = %repair.journal.display(), kept_bytes = repair.kept_bytes, cut_bytes = repair.cut_bytes,
+                copy = %repair.copy.display(), "cut the torn end of the store's journal; the log has what it held"
+            );
+        }
         let (db, key, rest) = open_rows(&rows, options)?;
         verify_opened(&rows, &checked, [&key, &rest])?;
         let syncer = Syncer::new(&rows, &checked, notes, note)?;
