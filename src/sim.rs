@@ -43,6 +43,8 @@ pub enum Bug {
     LogDroppedTooEarly,
     /// H-27: members delete the keys of a lease in different orders.
     RevokeOrder,
+    /// H-33: apply answers a membership change itself, whatever raft has in force.
+    AnswerBeforeInForce,
     /// H-40: a leader's decision by its own clock outlives its leadership.
     RevokeAfterLeadership,
     /// The log is never synced.
@@ -50,7 +52,7 @@ pub enum Bug {
 }
 
 impl Bug {
-    pub const ALL: [Bug; 20] = [
+    pub const ALL: [Bug; 21] = [
         Bug::AppliedIndexBeforeData,
         Bug::AckBeforeSync,
         Bug::DataWithoutAppliedIndex,
@@ -69,6 +71,7 @@ impl Bug {
         Bug::RepeatedReadContext,
         Bug::LogDroppedTooEarly,
         Bug::RevokeOrder,
+        Bug::AnswerBeforeInForce,
         Bug::RevokeAfterLeadership,
         Bug::NoSync,
     ];

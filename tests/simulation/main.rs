@@ -199,6 +199,7 @@ fn symptoms(bug: Bug) -> &'static [&'static str] {
         Bug::RepeatedReadContext => &["a read began after revision"],
         Bug::LogDroppedTooEarly => &["the log begins after"],
         Bug::RevokeOrder => &["differ in state", "a watch of", "the order of deletions"],
+        Bug::AnswerBeforeInForce => &["before it is in force"],
         Bug::RevokeAfterLeadership => &["ran out at"],
         Bug::NoSync => &["log is damaged", "the log ends at"],
     }

@@ -463,6 +463,9 @@ impl World {
             }
         }
         for (op, outcome) in ready {
+            if let (Kind::Change(change), Ok(_)) = (&self.ops[op].kind, &outcome) {
+                self.check_in_force(m, change);
+            }
             match (&self.ops[op].kind, outcome) {
                 (Kind::Read(_), Ok(Response::ReadIndex(index))) => self.process(m).readers.push((index, op)),
                 (Kind::Read(_), Err(e)) => self.respond(op, Answer::Range(Err(e))),
@@ -479,6 +482,23 @@ impl World {
             }
         }
         self.advance_renewals(m);
+    }
+
+    /// A membership change that is answered is in force in raft where it is answered (H-33).
+    fn check_in_force(&self, m: usize, change: &Change) {
+        let force = self.members[m].process.as_ref().expect("it answers").raft_conf_state();
+        let (votes, learns) = (|id| force.voters.contains(&id), |id| force.learners.contains(&id));
+        let is_in_force = match change {
+            Change::Add(member) => {
+                let id = member.id;
+                // It may have been promoted or removed since.
+                votes(id) || member.is_learner && learns(id) || self.truth.is_removed(id)
+            }
+            Change::Promote(id) => votes(*id) || self.truth.is_removed(*id),
+            Change::Remove(id) => !votes(*id) && !learns(*id),
+            Change::Update { .. } => true,
+        };
+        assert!(is_in_force, "m{m} answers {change:?} before it is in force: {force:?}");
     }
 
     pub fn respond(&mut self, op: OpId, answer: Answer) {
