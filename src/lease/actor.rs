@@ -223,7 +223,7 @@ mod tests {
         let mut leases = Leases::new(1);
         leases.grant(7, 1, &mut WriteBatch::default()).expect("a lease");
         let view = Box::new(move || leases.set().clone());
-        let mut actor = LeaseActor::new(Expirer::new(100, 7_000, false), Refused, view, Arc::default(), actor_start);
+        let mut actor = LeaseActor::new(Expirer::new(100, 7_000, None), Refused, view, Arc::default(), actor_start);
         let turn = |ms| Turn { now: actor_start + Duration::from_millis(ms) };
         actor.on_control(Control::Leader { term: 2 }, &turn(0));
         actor.on_turn_end(&turn(60_000));
@@ -251,7 +251,7 @@ mod tests {
         let seen = leases.clone();
         let view = Box::new(move || seen.borrow().set().clone());
         let start = Instant::now();
-        let mut actor = LeaseActor::new(Expirer::new(100, 7_000, false), Refused, view, Arc::default(), start);
+        let mut actor = LeaseActor::new(Expirer::new(100, 7_000, None), Refused, view, Arc::default(), start);
         leases.borrow_mut().grant(7, 60, &mut WriteBatch::default()).expect("a lease");
         let turn = Turn { now: start + Duration::from_secs(1) };
         actor.on_control(Control::Notices(vec![LeaseNotice::Granted { id: 7, ttl: 60 }]), &turn);
