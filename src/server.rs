@@ -362,7 +362,7 @@ pub async fn start(config: &Config) -> anyhow::Result<Member> {
     let expirer = Expirer::new(
         config.election_timeout_ms,
         request_timeout.as_millis() as u64,
-        config.feature_gates.enabled("LeaseCheckpoint"),
+        config.feature_gates.enabled("LeaseCheckpoint").then_some(lease::CHECKPOINT_INTERVAL_MS),
     );
     let proposer = lessor::Proposer::new(server.clone(), own_runtime, main.clone());
     let next_deadline = Arc::new(AtomicU64::new(u64::MAX));

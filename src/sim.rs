@@ -43,6 +43,8 @@ pub enum Bug {
     LogDroppedTooEarly,
     /// H-27: members delete the keys of a lease in different orders.
     RevokeOrder,
+    /// H-33: apply answers a membership change itself, whatever raft has in force.
+    AnswerBeforeInForce,
     /// H-40: a leader's decision by its own clock outlives its leadership.
     RevokeAfterLeadership,
     /// The log is never synced.
@@ -50,7 +52,7 @@ pub enum Bug {
 }
 
 impl Bug {
-    pub const ALL: [Bug; 20] = [
+    pub const ALL: [Bug; 21] = [
         Bug::AppliedIndexBeforeData,
         Bug::AckBeforeSync,
         Bug::DataWithoutAppliedIndex,
@@ -69,14 +71,16 @@ impl Bug {
         Bug::RepeatedReadContext,
         Bug::LogDroppedTooEarly,
         Bug::RevokeOrder,
+        Bug::AnswerBeforeInForce,
         Bug::RevokeAfterLeadership,
         Bug::NoSync,
     ];
 }
 
-/// What hash maps of cores hash with: in a simulation their order is the same in every run; elsewhere nobody foresees it.
+/// What hash maps of cores hash with. Nobody foresees their order; in a simulation each has its own, the same in every
+/// run, so that whatever follows from an order differs between members there, too.
 #[cfg(feature = "sim")]
-type Hasher = std::hash::BuildHasherDefault<std::hash::DefaultHasher>;
+type Hasher = switches::Keyed;
 #[cfg(not(feature = "sim"))]
 type Hasher = std::hash::RandomState;
 
@@ -88,18 +92,41 @@ mod switches {
     use std::{
         cell::{Cell, RefCell},
         collections::BTreeMap,
+        hash::{BuildHasher, DefaultHasher, Hasher},
     };
 
     use super::Bug;
 
     thread_local! {
         static SEEDED: Cell<Option<Bug>> = const { Cell::new(None) };
+        static MAPS: Cell<u64> = const { Cell::new(0) };
         static MARKS: RefCell<BTreeMap<&'static str, u64>> = const { RefCell::new(BTreeMap::new()) };
     }
 
-    /// From now on this thread's cores have this bug, or none.
+    /// From now on this thread's cores have this bug, or none. Another run begins: its maps are counted anew.
     pub fn seed(bug: Option<Bug>) {
         SEEDED.set(bug);
+        MAPS.set(0);
+    }
+
+    /// Hashes in the way of one map: the key is how many this thread made before.
+    #[derive(Clone, Debug)]
+    pub struct Keyed(u64);
+
+    impl Default for Keyed {
+        fn default() -> Self {
+            Self(MAPS.replace(MAPS.get() + 1))
+        }
+    }
+
+    impl BuildHasher for Keyed {
+        type Hasher = DefaultHasher;
+
+        fn build_hasher(&self) -> DefaultHasher {
+            let mut hasher = DefaultHasher::new();
+            hasher.write_u64(self.0);
+            hasher
+        }
     }
 
     /// Whether this thread's cores have this bug.

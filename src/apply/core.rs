@@ -348,7 +348,10 @@ impl Core {
         let done = self.members.apply(change, self.settings.max_learners, &mut self.batch);
         let change = done.is_ok().then_some((kind, node_id));
         let outcome = done.map(|()| Response::Members(self.members.clone())).map_err(Error::Member);
-        let answer = entry.ticket.map(|t| (t.reply, outcome));
+        let mut answer = entry.ticket.map(|t| (t.reply, outcome));
+        if sim::has(Bug::AnswerBeforeInForce) {
+            self.effects.answers.extend(answer.take());
+        }
         self.effects.conf_changed = Some(ConfChanged { index: entry.index, change, answer });
     }
 

@@ -147,7 +147,11 @@ impl<P: Proposer> Actor for LeaseActor<P> {
         match ask {
             Ask::Renew { id, answer } => {
                 let renewed = match self.expirer.on_renew(id, self.ms_up(turn.now)) {
-                    Renewal::Renewed { ttl, clear_checkpoint } => Renewed::Ttl { ttl, clear_checkpoint },
+                    Renewal::Renewed { ttl, clear_checkpoint } => {
+                        // An earlier renewal's request to take it back may have failed, or be on its way still.
+                        let is_written = (self.leases)().checkpoint(id).is_some_and(|remaining| remaining > 0);
+                        Renewed::Ttl { ttl, clear_checkpoint: clear_checkpoint || is_written }
+                    }
                     Renewal::Expired => {
                         self.waiting.entry(id).or_default().push(answer);
                         return;
@@ -223,7 +227,7 @@ mod tests {
         let mut leases = Leases::new(1);
         leases.grant(7, 1, &mut WriteBatch::default()).expect("a lease");
         let view = Box::new(move || leases.set().clone());
-        let mut actor = LeaseActor::new(Expirer::new(100, 7_000, false), Refused, view, Arc::default(), actor_start);
+        let mut actor = LeaseActor::new(Expirer::new(100, 7_000, None), Refused, view, Arc::default(), actor_start);
         let turn = |ms| Turn { now: actor_start + Duration::from_millis(ms) };
         actor.on_control(Control::Leader { term: 2 }, &turn(0));
         actor.on_turn_end(&turn(60_000));
@@ -244,6 +248,31 @@ mod tests {
         actor.on_control(Control::Tick, &turn(67_000));
         assert!(actor.waiting.is_empty());
     }
+
+    #[test]
+    fn renewals_ask_to_take_a_checkpoint_back_until_it_is() {
+        // L-31
+        let leases = Rc::new(RefCell::new(Leases::new(1)));
+        let seen = leases.clone();
+        let view = Box::new(move || seen.borrow().set().clone());
+        let start = Instant::now();
+        let batch = &mut WriteBatch::default();
+        let checkpoint = |remaining| leases.borrow_mut().checkpoint(7, remaining, false, &mut WriteBatch::default());
+        leases.borrow_mut().grant(7, 60, batch).expect("a lease");
+        checkpoint(20).expect("a lease");
+        let mut actor = LeaseActor::new(Expirer::new(100, 7_000, None), Refused, view, Arc::default(), start);
+        actor.on_control(Control::Leader { term: 2 }, &Turn { now: start });
+        let mut clears = || {
+            let (answer, mut renewed) = oneshot::channel();
+            actor.on_message(Ask::Renew { id: 7, answer }, &Turn { now: start });
+            matches!(renewed.try_recv(), Ok(Renewed::Ttl { ttl: 60, clear_checkpoint: true }))
+        };
+        assert!(clears());
+        assert!(clears(), "the first may have failed");
+        checkpoint(0).expect("a lease");
+        assert!(!clears());
+    }
+
     #[test]
     fn a_lease_granted_before_leadership_is_heard_of_has_a_deadline() {
         // H-38: its notice came while this member did not lead.
@@ -251,7 +280,7 @@ mod tests {
         let seen = leases.clone();
         let view = Box::new(move || seen.borrow().set().clone());
         let start = Instant::now();
-        let mut actor = LeaseActor::new(Expirer::new(100, 7_000, false), Refused, view, Arc::default(), start);
+        let mut actor = LeaseActor::new(Expirer::new(100, 7_000, None), Refused, view, Arc::default(), start);
         leases.borrow_mut().grant(7, 60, &mut WriteBatch::default()).expect("a lease");
         let turn = Turn { now: start + Duration::from_secs(1) };
         actor.on_control(Control::Notices(vec![LeaseNotice::Granted { id: 7, ttl: 60 }]), &turn);

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use crate::sim::{HashMap, HashSet};
 
 /// A lease is checkpointed each time this has passed since its grant, renewal or last checkpoint.
-pub(super) const INTERVAL_MS: u64 = 300_000;
+pub const INTERVAL_MS: u64 = 300_000;
 /// Leases in one proposal.
 pub(super) const BATCH_LEASES_MAX: usize = 1_000;
 /// Proposals in one second.
@@ -13,7 +13,8 @@ pub(super) const BATCHES_PER_SECOND_MAX: u32 = 1_000;
 
 #[derive(Debug, Default)]
 pub(super) struct Checkpoints {
-    enabled: bool,
+    /// `None`: off.
+    interval_ms: Option<u64>,
     /// Leases that live longer than the interval.
     long: HashMap<i64, Schedule>,
     /// One `(queued_at, id)` for each of `long`, `queued_at` being at or before the time the checkpoint is due.
@@ -34,12 +35,12 @@ struct Schedule {
 }
 
 impl Checkpoints {
-    pub fn new(enabled: bool) -> Self {
-        Self { enabled, ..Self::default() }
+    pub fn new(interval_ms: Option<u64>) -> Self {
+        Self { interval_ms, ..Self::default() }
     }
 
     pub fn clear(&mut self) {
-        *self = Self::new(self.enabled);
+        *self = Self::new(self.interval_ms);
     }
 
     pub fn insert(&mut self, id: i64, ttl_ms: u64, written: bool, now: u64) {
@@ -47,8 +48,10 @@ impl Checkpoints {
         if written {
             self.written.insert(id);
         }
-        if self.enabled && ttl_ms > INTERVAL_MS {
-            let queued_at = now + INTERVAL_MS;
+        if let Some(interval) = self.interval_ms
+            && ttl_ms > interval
+        {
+            let queued_at = now + interval;
             self.long.insert(id, Schedule { quiet_since: now, queued_at });
             self.due.insert((queued_at, id));
         }
@@ -82,23 +85,21 @@ impl Checkpoints {
         if self.second != now / 1000 {
             (self.second, self.batches) = (now / 1000, 0);
         }
-        if self.batches >= BATCHES_PER_SECOND_MAX {
-            return batch;
-        }
+        let Some(interval) = self.interval_ms.filter(|_| self.batches < BATCHES_PER_SECOND_MAX) else { return batch };
         while batch.len() < BATCH_LEASES_MAX
             && let Some(&(queued_at, id)) = self.due.first()
             && queued_at <= now
         {
             self.due.pop_first();
             let schedule = self.long.get_mut(&id).expect("what is due is scheduled");
-            if schedule.quiet_since + INTERVAL_MS <= now {
+            if schedule.quiet_since + interval <= now {
                 schedule.quiet_since = now;
                 if let Some(seconds) = left(id) {
                     batch.push((id, seconds));
                     self.written.insert(id);
                 }
             }
-            schedule.queued_at = schedule.quiet_since + INTERVAL_MS;
+            schedule.queued_at = schedule.quiet_since + interval;
             self.due.insert((schedule.queued_at, id));
         }
         self.batches += u32::from(!batch.is_empty());

@@ -71,14 +71,15 @@ pub enum Renewal {
 }
 
 impl Expirer {
-    pub fn new(election_timeout_ms: u64, request_timeout_ms: u64, checkpoints: bool) -> Self {
+    /// `checkpoint_interval_ms`: how often what a long lease has left is replicated; `None`: never.
+    pub fn new(election_timeout_ms: u64, request_timeout_ms: u64, checkpoint_interval_ms: Option<u64>) -> Self {
         Self {
             leading: false,
             timers: HashMap::default(),
             due: BTreeSet::new(),
             revoking: BTreeSet::new(),
             revoking_max: REVOKING_MAX,
-            checkpoints: Checkpoints::new(checkpoints),
+            checkpoints: Checkpoints::new(checkpoint_interval_ms),
             election_timeout_ms,
             request_timeout_ms,
         }

@@ -16,6 +16,7 @@ mod state;
 #[cfg(test)]
 mod tests;
 
+pub use checkpoints::INTERVAL_MS as CHECKPOINT_INTERVAL_MS;
 pub use expirer::{Expirer, REVOKING_MAX, Renewal};
 pub use set::LeaseSet;
 pub use state::{Error, Leases};

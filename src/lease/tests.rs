@@ -232,7 +232,7 @@ const REQUEST_MS: u64 = 7_000;
 const NOTHING: [i64; 0] = [];
 
 fn leader(leases: &[(i64, i64)]) -> Expirer {
-    let mut expirer = Expirer::new(ELECTION_MS, REQUEST_MS, false);
+    let mut expirer = Expirer::new(ELECTION_MS, REQUEST_MS, None);
     expirer.on_leader(0, &LeaseSet::default());
     for (id, ttl) in leases {
         expirer.on_granted(*id, *ttl, 0);
@@ -333,7 +333,7 @@ fn a_new_leader_starts_from_the_full_time_or_the_checkpoint() {
     // L-25, L-31, H-39
     let mut leases = granted(&[(1, 600), (2, 600), (3, 60)]);
     leases.checkpoint(2, 30, false, &mut WriteBatch::default()).unwrap();
-    let mut expirer = Expirer::new(ELECTION_MS, REQUEST_MS, false);
+    let mut expirer = Expirer::new(ELECTION_MS, REQUEST_MS, None);
     expirer.on_leader(5_000, leases.set());
     assert_eq!(expirer.by_remaining(), [2, 3, 1]); // L-24
     assert_eq!(expirer.remaining_ms(1, 5_000), Some(601_000));
@@ -346,7 +346,7 @@ fn a_new_leader_starts_from_the_full_time_or_the_checkpoint() {
 #[test]
 fn the_first_renewal_after_an_election_drops_the_extension() {
     let leases = granted(&[(1, 10)]);
-    let mut expirer = Expirer::new(ELECTION_MS, REQUEST_MS, false);
+    let mut expirer = Expirer::new(ELECTION_MS, REQUEST_MS, None);
     expirer.on_leader(0, leases.set());
     assert_eq!(expirer.on_renew(1, 100), renewed(10));
     assert_eq!(expirer.next_at(), Some(10_100));
@@ -357,7 +357,7 @@ fn the_first_renewal_after_an_election_drops_the_extension() {
 fn many_leases_are_spread_after_an_election_never_earlier() {
     // L-26
     let many: Vec<(i64, i64)> = (1..=3_000).map(|id| (id, 10 + id % 2)).collect();
-    let mut expirer = Expirer::new(ELECTION_MS, REQUEST_MS, false);
+    let mut expirer = Expirer::new(ELECTION_MS, REQUEST_MS, None);
     expirer.on_leader(0, granted(&many).set());
     let ends: BTreeMap<i64, i64> = many.iter().map(|(id, _)| (*id, expirer.remaining_ms(*id, 0).unwrap())).collect();
     assert!(many.iter().all(|(id, ttl)| ends[id] >= ttl * 1000 + 1000));
@@ -417,7 +417,7 @@ fn renewals_do_not_grow_memory() {
 #[test]
 fn checkpoints_follow_long_leases_that_nobody_renews() {
     // L-31
-    let mut expirer = Expirer::new(ELECTION_MS, REQUEST_MS, true);
+    let mut expirer = Expirer::new(ELECTION_MS, REQUEST_MS, Some(CHECKPOINT_INTERVAL_MS));
     expirer.on_leader(0, &LeaseSet::default());
     expirer.on_granted(1, 3_600, 500);
     expirer.on_granted(2, 300, 500);
@@ -441,7 +441,7 @@ fn checkpoints(expirer: &mut Expirer, now: u64) -> Vec<(i64, i64)> {
 #[test]
 fn checkpoint_requests_hold_at_most_a_thousand_leases() {
     // limits.md 8
-    let mut expirer = Expirer::new(ELECTION_MS, REQUEST_MS, true);
+    let mut expirer = Expirer::new(ELECTION_MS, REQUEST_MS, Some(CHECKPOINT_INTERVAL_MS));
     expirer.on_leader(0, &LeaseSet::default());
     for id in 1..=2_500 {
         expirer.on_granted(id, 1_000, 0);

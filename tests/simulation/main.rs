@@ -118,7 +118,7 @@ fn no_seed_breaks_a_promise() {
 }
 
 /// What the seeds of CI must reach.
-const RARE: [&str; 29] = [
+const RARE: [&str; 30] = [
     "snapshot installed",
     "snapshot during an election",
     "snapshot send interrupted",
@@ -133,6 +133,7 @@ const RARE: [&str; 29] = [
     "slow watcher falls behind",
     "a watch hub saw the revision jump",
     "lease ran out",
+    "lease checkpoint",
     "learner promoted",
     "leadership handed over",
     "leadership confirmed after a pause",
@@ -199,6 +200,7 @@ fn symptoms(bug: Bug) -> &'static [&'static str] {
         Bug::RepeatedReadContext => &["a read began after revision"],
         Bug::LogDroppedTooEarly => &["the log begins after"],
         Bug::RevokeOrder => &["differ in state", "a watch of", "the order of deletions"],
+        Bug::AnswerBeforeInForce => &["before it is in force"],
         Bug::RevokeAfterLeadership => &["ran out at"],
         Bug::NoSync => &["log is damaged", "the log ends at"],
     }

@@ -358,7 +358,9 @@ impl Member {
         };
         let next_deadline = Arc::new(AtomicU64::new(u64::MAX));
         let newest = view.clone();
-        let expirer = Expirer::new(ELECTION / MS, REQUEST_TIMEOUT / MS, config.checkpoints);
+        // Far more often than the server does it: leases of the simulation live for seconds.
+        let checkpoint_interval = config.checkpoints.then_some(300 + seed % 8 * 100);
+        let expirer = Expirer::new(ELECTION / MS, REQUEST_TIMEOUT / MS, checkpoint_interval);
         let leases: Box<dyn Fn() -> _> = Box::new(move || newest.load().leases.clone());
         let lease_actor = LeaseActor::new(expirer, Proposals(asked), leases, next_deadline.clone(), instant);
         let seen = Rc::new(RefCell::new(Vec::new()));

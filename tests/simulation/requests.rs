@@ -1,10 +1,10 @@
 //! What members do with requests: proposals, reads, leases and their keepalives, and who is told what became of them.
 
-use std::{sync::atomic::Ordering, time::Duration};
+use std::{collections::BTreeMap, sync::atomic::Ordering, time::Duration};
 
 use actd::{
     apply::{Error, LeaseNotice, Outcome, Reply, Response, Ticket},
-    cluster::Change,
+    cluster::{Change, Members},
     lease::actor::{Ask, Control, Renewed},
     mvcc::range,
     pb::etcdserverpb::{
@@ -22,6 +22,19 @@ use super::{
     plan::{ELECTION, LATE, MS, REQUEST_TIMEOUT, SECOND},
     world::{Answer, Event, OpId, World},
 };
+
+/// How much longer than promised a lease may live while all is calm: deadlines are looked at every 50 ms, then a round
+/// confirms the leader, and the revocation goes the way of a write.
+const OVERDUE: u64 = 2 * SECOND;
+
+/// Since when all voters follow one leader.
+pub struct Quiet {
+    term: u64,
+    members: Members,
+    since: u64,
+    /// When the time of each lease began anew at the latest.
+    begun: BTreeMap<i64, u64>,
+}
 
 /// How a keepalive goes on.
 enum Step {
@@ -68,6 +81,7 @@ impl World {
         if process.next_deadline.load(Ordering::Relaxed) <= elapsed {
             process.lease_tx.control(Control::Tick);
         }
+        self.check_overdue(m);
         self.after(50 * MS, Event::LeaseTick(m, epoch));
     }
 
@@ -79,6 +93,7 @@ impl World {
                     InternalRaftRequest { lease_revoke: Some(LeaseRevokeRequest { id }), ..Default::default() };
                 let (answer, _) = self.propose(m, request, Some(term));
                 self.say(|| format!("m{m} revokes lease {id}, which ran out"));
+                self.given_up.insert(id, self.now);
                 if let Some(answer) = answer {
                     self.process(m).revocations.push((id, answer));
                 }
@@ -127,6 +142,43 @@ impl World {
         let is_handed_over = self.handed_over > 0 && self.now < self.handed_over + 8 * SECOND;
         let handover = if is_handed_over { 11 * ELECTION / 10 } else { 0 };
         late + 3 * self.plan.config.latency.1 + clocks + handover
+    }
+
+    /// While all is calm no lease outlives what was promised last (L-17): looked at wherever one leads whom all voters follow.
+    /// What went on before has a lease begin anew when that was first seen, and end an election timeout later (L-25).
+    fn check_overdue(&mut self, m: usize) {
+        let Some((term, true)) = self.process(m).led else { return };
+        let (id, now) = (self.members[m].id, self.now);
+        let (members, leases) = (self.process(m).members(), self.process(m).view.load().leases.clone());
+        let follows = |id: u64, leader: u64| {
+            let Some(m) = self.index_of(id).filter(|m| self.is_awake(*m)) else { return false };
+            let reading = self.members[m].process.as_ref().expect("it is up").reading();
+            reading.leader == leader && reading.term == term
+        };
+        // By then what was under way when the faults ended is done: late messages, slow disks, handovers.
+        let is_calm = self.is_calm && now >= self.plan.until + 3 * SECOND;
+        let is_calm = is_calm && members.iter().all(|member| member.is_learner || follows(member.id, id));
+        let quiet = self.quiet.take_if(|quiet| quiet.term == term && quiet.members.is_same(&members));
+        if !is_calm {
+            return;
+        }
+        let mut quiet = quiet.unwrap_or_else(|| {
+            let begun = leases.ids().map(|lease| (lease, now + ELECTION)).collect();
+            Quiet { term, members, since: now, begun }
+        });
+        quiet.begun.retain(|lease, _| leases.contains(*lease));
+        for (lease, ttl, _) in leases.iter() {
+            let mut end = *quiet.begun.entry(lease).or_insert(now) + ttl as u64 * SECOND;
+            // A revocation that was lost before is tried again.
+            if let Some(asked) = self.given_up.get(&lease)
+                && *asked <= quiet.since
+            {
+                end = end.max(asked + REQUEST_TIMEOUT);
+            }
+            let late = now.saturating_sub(end);
+            assert!(late <= OVERDUE, "lease {lease} was promised until {end} µs and lives {late} µs longer");
+        }
+        self.quiet = Some(quiet);
     }
 
     /// Somebody was told that a lease lives for `ttl` seconds, in a call that began at `start`, by the leader of `term`.
@@ -219,6 +271,10 @@ impl World {
                 let (answer, renewed) = oneshot::channel();
                 if process.lease_tx.try_send(Ask::Renew { id: lease, answer }).is_err() {
                     return again();
+                }
+                // Whatever becomes of the answer: its time may begin anew.
+                if let Some(quiet) = &mut self.quiet {
+                    quiet.begun.insert(lease, now);
                 }
                 Ok(Step::Goes(Renewing::Asked { answer: renewed, is_applied }))
             }
@@ -407,6 +463,9 @@ impl World {
             }
         }
         for (op, outcome) in ready {
+            if let (Kind::Change(change), Ok(_)) = (&self.ops[op].kind, &outcome) {
+                self.check_in_force(m, change);
+            }
             match (&self.ops[op].kind, outcome) {
                 (Kind::Read(_), Ok(Response::ReadIndex(index))) => self.process(m).readers.push((index, op)),
                 (Kind::Read(_), Err(e)) => self.respond(op, Answer::Range(Err(e))),
@@ -423,6 +482,23 @@ impl World {
             }
         }
         self.advance_renewals(m);
+    }
+
+    /// A membership change that is answered is in force in raft where it is answered (H-33).
+    fn check_in_force(&self, m: usize, change: &Change) {
+        let force = self.members[m].process.as_ref().expect("it answers").raft_conf_state();
+        let (votes, learns) = (|id| force.voters.contains(&id), |id| force.learners.contains(&id));
+        let is_in_force = match change {
+            Change::Add(member) => {
+                let id = member.id;
+                // It may have been promoted or removed since.
+                votes(id) || member.is_learner && learns(id) || self.truth.is_removed(id)
+            }
+            Change::Promote(id) => votes(*id) || self.truth.is_removed(*id),
+            Change::Remove(id) => !votes(*id) && !learns(*id),
+            Change::Update { .. } => true,
+        };
+        assert!(is_in_force, "m{m} answers {change:?} before it is in force: {force:?}");
     }
 
     pub fn respond(&mut self, op: OpId, answer: Answer) {

@@ -33,6 +33,7 @@ use super::{
     faults::REMOVED,
     member::{Arrived, MIN_TTL, Member, Process, Receiving, TOOK_BACK, state_hash},
     plan::{Config, LATE, MS, Plan, SECOND, TICK},
+    requests::Quiet,
     truth::Truth,
     turns::write,
     watcher::Watcher,
@@ -119,6 +120,9 @@ pub struct World {
     /// When a lease ran out and was revoked, and in which term.
     pub expired: BTreeMap<i64, (u64, u64)>,
     pub revocations_seen: usize,
+    /// When a leader asked last for the revocation of a lease that ran out.
+    pub given_up: BTreeMap<i64, u64>,
+    pub quiet: Option<Quiet>,
     pub requests: BTreeMap<u64, OpId>,
     pub refused: Vec<u64>,
     /// When a leader was asked last to hand over.
@@ -180,6 +184,8 @@ impl World {
             revoked_at: BTreeMap::new(),
             expired: BTreeMap::new(),
             revocations_seen: 0,
+            given_up: BTreeMap::new(),
+            quiet: None,
             requests: BTreeMap::new(),
             refused: Vec::new(),
             handed_over: 0,
