@@ -151,7 +151,9 @@ impl<A: Actor> Shell<A> {
 pub struct Stepped<A: Actor>(Shell<A>);
 
 impl<A: Actor> Stepped<A> {
+    /// No turn ends by the real clock: what is in it depends on what was sent alone.
     pub fn new(inbox: Inbox<A::Message, A::Control>, core: A) -> Self {
+        inbox.stats.controls.turn_micros_max.store(u64::MAX, Ordering::Relaxed);
         Self(Shell { inbox, core, vital: false })
     }
 

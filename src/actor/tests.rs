@@ -216,3 +216,31 @@ fn panic_in_a_vital_task_ends_the_process() {
     });
     assert_eq!(code, Some(2));
 }
+
+/// Takes longer for a message than a turn should.
+struct Slow(usize);
+
+impl Actor for Slow {
+    type Message = Work;
+    type Control = Ask;
+
+    fn on_message(&mut self, _: Work, _: &Turn) {
+        std::thread::sleep(Duration::from_millis(1));
+        self.0 += 1;
+    }
+
+    fn on_control(&mut self, _: Ask, _: &Turn) -> Flow {
+        Flow::Continue
+    }
+
+    fn on_turn_end(&mut self, _: &Turn) {}
+}
+
+#[test]
+fn no_real_clock_ends_a_stepped_turn() {
+    let (sender, inbox) = Inbox::new("slow", 100, 10_000);
+    (0..50).for_each(|n| sender.try_send(Work(n)).unwrap());
+    let mut stepped = shell::Stepped::new(inbox, Slow(0));
+    stepped.turn(Instant::now());
+    assert_eq!(stepped.core().0, 50, "a turn ended when a real clock said so");
+}

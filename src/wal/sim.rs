@@ -13,6 +13,7 @@ use std::{
 };
 
 use super::disk::{Disk, File, Open};
+use crate::sim::mark;
 
 const SECTOR: usize = 512;
 
@@ -116,6 +117,9 @@ impl Content {
             if is_kept && from < to {
                 image[from..to].copy_from_slice(&self.bytes[from..to]);
             }
+        }
+        if self.bytes != image {
+            mark("a power loss took what a file had not synced");
         }
         self.bytes.clone_from(&image);
         self.durable = image;
@@ -280,8 +284,8 @@ fn parts(path: &Path) -> Vec<String> {
         .collect()
 }
 
-fn injected() -> io::Error {
-    io::Error::other("injected failure")
+fn injected(fault: Fault) -> io::Error {
+    io::Error::other(format!("injected failure: {fault:?}"))
 }
 
 impl Disk for SimDisk {
@@ -320,7 +324,7 @@ impl Disk for SimDisk {
     fn open(&self, path: &Path, how: Open) -> io::Result<Box<dyn File>> {
         let mut state = self.state();
         if how == Open::Create && state.is_faulty(Fault::Create) {
-            return Err(injected());
+            return Err(injected(Fault::Create));
         }
         let (dir, name) = state.split(path)?;
         let node = match (state.names(dir)?.get(&name).copied(), how) {
@@ -345,7 +349,7 @@ impl Disk for SimDisk {
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         let mut state = self.state();
         if state.is_faulty(Fault::Rename) {
-            return Err(injected());
+            return Err(injected(Fault::Rename));
         }
         let (from_dir, from_name) = state.split(from)?;
         let (to_dir, to_name) = state.split(to)?;
@@ -369,7 +373,7 @@ impl Disk for SimDisk {
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
         let mut state = self.state();
         if state.is_faulty(Fault::Sync) {
-            return Err(injected());
+            return Err(injected(Fault::Sync));
         }
         let dir = state.find(dir)?;
         match &mut state.nodes[dir] {
@@ -436,12 +440,13 @@ impl File for SimFile {
         let mut result = Ok(Duration::ZERO);
         let missing = self.take_room(offset + count as u64)? as usize;
         if missing > 0 {
+            mark("a write found no room");
             count = count.saturating_sub(missing);
             result = Err(io::ErrorKind::StorageFull.into());
         } else if self.is_faulty(Fault::Write) {
             let end = (offset as usize + count / 2) / SECTOR * SECTOR;
             count = end.saturating_sub(offset as usize);
-            result = Err(injected());
+            result = Err(injected(Fault::Write));
         }
         self.with(|content, _| content.write(offset as usize, &bytes[..count]))?;
         result
@@ -471,7 +476,7 @@ impl File for SimFile {
                 content.dirty.clear();
                 content.bytes = content.durable.clone();
             })?;
-            return Err(injected());
+            return Err(injected(Fault::Sync));
         }
         self.with(|content, _| content.sync())?;
         Ok(Duration::ZERO)

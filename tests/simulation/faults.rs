@@ -12,6 +12,7 @@ use actd::{
     },
 };
 use rand::RngExt;
+use tokio::sync::oneshot;
 
 use super::{
     client::Kind,
@@ -43,16 +44,16 @@ impl World {
             Fault::Crash { member, power, down } => self.crash_for(member, power, down),
             Fault::CrashAll { power, down } => {
                 let crashed: Vec<bool> = (0..self.members.len()).map(|m| self.crash_for(m, power, down)).collect();
+                if crashed.len() > 1 && !(0..self.members.len()).any(|m| self.is_up(m)) {
+                    self.mark("all are down at once");
+                }
                 crashed.contains(&true)
             }
             Fault::Pause { member, for_ } => self.pause(member, for_),
-            Fault::Cut { links, for_ } => {
-                self.cut(&links, now + for_);
-                !links.is_empty()
-            }
+            Fault::Cut { links, for_ } => self.cut(&links, now + for_),
             Fault::Lossy { loss, for_ } => {
                 self.loss = (loss, now + for_);
-                true
+                self.members.len() > 1
             }
             Fault::SlowDisk { member, each, for_ } => {
                 self.members[member].slow = (each, now + for_);
@@ -96,7 +97,7 @@ impl World {
                 };
                 let leader = (0..self.members.len()).find(|m| leads(self, *m) && *m != to);
                 leader.is_some_and(|m| {
-                    self.handed_over = now;
+                    (self.handed_over, self.handed_to) = (now, Some(to));
                     self.process(m).raft_tx.control(raft::Control::Transfer { to: id });
                     self.pump(m);
                     true
@@ -108,7 +109,7 @@ impl World {
                 }
                 // It hands over first, if it leads.
                 if self.process(member).reading().is_leader {
-                    self.handed_over = now;
+                    (self.handed_over, self.handed_to) = (now, None);
                 }
                 self.process(member).raft_tx.control(raft::Control::Transfer { to: 0 });
                 self.pump(member);
@@ -132,12 +133,14 @@ impl World {
                 true
             }
             Fault::Defragment { member } => {
-                let is_cleaning = self.is_up(member) && self.process(member).apply.stepped.is_due();
-                if is_cleaning {
-                    let (done, _) = tokio::sync::oneshot::channel();
-                    self.process(member).apply_tx.control(apply::Control::Defragment(done));
-                    self.pump(member);
+                if !self.is_up(member) {
+                    return false;
                 }
+                let is_cleaning = self.process(member).is_cleaning();
+                self.members[member].defragments_later = !is_cleaning;
+                self.defragment(member);
+                self.pump(member);
+                // Without anything to wait for it is answered at once, and that is nobody's trouble.
                 is_cleaning
             }
             Fault::AddLearner => {
@@ -152,12 +155,21 @@ impl World {
             Fault::Promote => self.promote(),
             Fault::Remove { member } => self.remove(member, 2),
             Fault::Shrink { to } => self.shrink(to),
-            Fault::Clock { member, by_ms } => {
+            Fault::Clock { member, by_ms, down } => {
                 let clock = &mut self.members[member].clock_ms;
                 *clock = clock.saturating_add_signed(by_ms);
-                self.is_up(member)
+                self.members[member].is_clock_set = true;
+                // Of what runs here only a start looks at it.
+                self.crash_for(member, false, down)
             }
         }
+    }
+
+    pub fn defragment(&mut self, m: usize) {
+        let (done, answer) = oneshot::channel();
+        let process = self.process(m);
+        process.apply_tx.control(apply::Control::Defragment(done));
+        process.defragments.push(answer);
     }
 
     fn pause(&mut self, m: usize, for_: u64) -> bool {

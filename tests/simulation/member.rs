@@ -25,7 +25,10 @@ use actd::{
         Expirer,
         actor::{Ask, Control as LeaseControl, LeaseActor, Proposer, Renewed},
     },
-    mvcc::hash::{CompactionJob, scan_kv},
+    mvcc::{
+        hash::{CompactionJob, scan_kv},
+        view::Sizes,
+    },
     pb::{
         etcdserverpb::{LeaseCheckpoint, Metadata},
         raftpb,
@@ -69,7 +72,11 @@ impl Stores {
     pub fn crash(&mut self, power: bool, mut keep: impl FnMut(usize) -> usize) {
         for store in self.complete.values().chain(&self.building) {
             let unsynced = store.unsynced_batches();
-            store.crash(if power { keep(unsynced) } else { unsynced });
+            let kept = if power { keep(unsynced) } else { unsynced };
+            if kept < unsynced {
+                sim::mark("a power loss took what a store had not synced");
+            }
+            store.crash(kept);
         }
     }
 
@@ -150,8 +157,13 @@ pub struct Member {
     /// Each turn of the applier, too.
     pub slow_apply: (u64, u64),
     pub full_until: u64,
-    /// Unix milliseconds of its clock at time 0.
+    /// Unix milliseconds of its clock at time 0, and whether it was set since the last start.
     pub clock_ms: u64,
+    pub is_clock_set: bool,
+    /// Somebody asks it to defragment once there is something to do.
+    pub defragments_later: bool,
+    /// The leader of this term told it to stand.
+    pub told_to_lead: Option<u64>,
     /// Why it does not start any more, and must be replaced.
     pub lost: Option<String>,
     /// Who takes its place.
@@ -184,6 +196,9 @@ impl Member {
             slow_apply: (0, 0),
             full_until: 0,
             clock_ms: 1_800_000_000_000,
+            is_clock_set: false,
+            defragments_later: false,
+            told_to_lead: None,
             lost: None,
             replaced_by: None,
             may_refuse: false,
@@ -371,6 +386,7 @@ impl Member {
             view: view.clone(),
             in_use: in_use.clone(),
             seen: seen.clone(),
+            defragments: Vec::new(),
         };
         raft_tx.control(raft::Control::Tick);
         self.epoch += 1;
@@ -419,6 +435,7 @@ impl Member {
             streams: BTreeMap::new(),
             incoming: VecDeque::new(),
             receiving: None,
+            defragments: Vec::new(),
         }))
     }
 
@@ -503,6 +520,53 @@ pub struct Observed {
     view: ViewCell,
     in_use: Arc<StoreInUse<Rows>>,
     seen: Rc<RefCell<Vec<Seen>>>,
+    defragments: Vec<Defragment>,
+}
+
+/// Somebody waits until no row is left that a compaction has condemned.
+struct Defragment {
+    done: oneshot::Receiver<()>,
+    answer: oneshot::Sender<()>,
+    /// There were such rows when he asked.
+    has_to_wait: bool,
+}
+
+impl Observed {
+    /// What is told must be true at that moment: later entries may condemn more in the same turn.
+    fn look_at_defragments(&mut self) {
+        let mut at = 0;
+        while at < self.defragments.len() {
+            if self.defragments[at].done.try_recv().is_err() {
+                at += 1;
+                continue;
+            }
+            let Defragment { answer, has_to_wait, .. } = self.defragments.swap_remove(at);
+            let view = self.view.load();
+            let is_done = !is_cleaning(&view) && view.kv.sizes.total == rows_size(&*self.in_use);
+            assert!(is_done, "a defragmentation is answered, and condemned rows are left");
+            if has_to_wait {
+                sim::mark("a defragmentation waited for clean-up");
+            }
+            let _ = answer.send(());
+        }
+    }
+}
+
+/// Whether rows that a compaction has condemned are still there.
+fn is_cleaning(view: &apply::View) -> bool {
+    let at = view.kv.compact_revision;
+    at > 0 && !view.kv.index.condemned(at, at).is_empty()
+}
+
+/// What the rows of keys count, as they stand.
+pub fn rows_size(rows: &dyn Storage) -> u64 {
+    let mut sum = Sizes::EMPTY.total;
+    let mut visit = |key: &[u8], value: Bytes| {
+        sum += (key.len() + value.len()) as u64 + Sizes::ROW_OVERHEAD;
+        true
+    };
+    rows.scan(Bucket::Key, &[], &[], &mut visit).expect("memory is read");
+    sum
 }
 
 impl Actor for Observed {
@@ -528,13 +592,20 @@ impl Actor for Observed {
         }
     }
 
-    fn on_control(&mut self, message: apply::Control, turn: &Turn) -> Flow {
+    fn on_control(&mut self, mut message: apply::Control, turn: &Turn) -> Flow {
+        if let apply::Control::Defragment(answer) = message {
+            let (ask, done) = oneshot::channel();
+            let has_to_wait = is_cleaning(&self.view.load());
+            self.defragments.push(Defragment { done, answer, has_to_wait });
+            message = apply::Control::Defragment(ask);
+        }
         self.actor.on_control(message, turn)
     }
 
     fn on_turn_end(&mut self, turn: &Turn) {
         self.in_batch = 0;
         self.actor.on_turn_end(turn);
+        self.look_at_defragments();
     }
 
     fn has_work(&self) -> bool {
@@ -717,9 +788,16 @@ pub struct Process {
     /// Databases that came in.
     pub incoming: VecDeque<Arrived>,
     pub receiving: Option<Receiving>,
+    /// Who waits until clean-up is done.
+    pub defragments: Vec<oneshot::Receiver<()>>,
 }
 
 impl Process {
+    /// Rows that a compaction has condemned are still there.
+    pub fn is_cleaning(&self) -> bool {
+        is_cleaning(&self.view.load())
+    }
+
     pub fn next_id(&mut self) -> u64 {
         self.request_counter += 1;
         self.id << 48 | self.request_counter & ((1 << 48) - 1)

@@ -162,7 +162,7 @@ pub enum Fault {
         member: usize,
         sync: bool,
     },
-    /// Clean-up runs to its end at once.
+    /// Somebody asks to be told when no condemned row is left: now, and while the next clean-up is under way.
     Defragment {
         member: usize,
     },
@@ -175,10 +175,11 @@ pub enum Fault {
     Shrink {
         to: usize,
     },
-    /// The clock that seeds request ids is set, forward or back.
+    /// The process is killed, and starts with a clock that was set forward or back: it seeds request ids.
     Clock {
         member: usize,
         by_ms: i64,
+        down: u64,
     },
 }
 
@@ -377,7 +378,11 @@ fn fault(rng: &mut StdRng, kind: usize, members: usize) -> Fault {
     match kind {
         CRASH_ALL => Fault::CrashAll { power: rng.random_bool(0.7), down: down / 3 },
         PAUSE => Fault::Pause { member, for_ },
-        CUT => Fault::Cut { links: links(rng, members + 2), for_ },
+        // Now and then also those who come later.
+        CUT => {
+            let count = if rng.random_bool(0.8) { members } else { members + 2 };
+            Fault::Cut { links: links(rng, count), for_ }
+        }
         4 => Fault::Lossy { loss: rng.random_range(0.1..0.7), for_ },
         SLOW_DISK => Fault::SlowDisk { member, each: rng.random_range(20..2_500) * MS, for_ },
         6 => Fault::DiskError { member, sync: rng.random_bool(0.5) },
@@ -395,7 +400,7 @@ fn fault(rng: &mut StdRng, kind: usize, members: usize) -> Fault {
         17 => Fault::StoreError { member, sync: rng.random_bool(0.3) },
         14 => {
             let most = if rng.random_bool(0.5) { 10_000_000 } else { 20_000 };
-            Fault::Clock { member, by_ms: rng.random_range(-most..most) }
+            Fault::Clock { member, by_ms: rng.random_range(-most..most), down: down / 10 }
         }
         _ => Fault::Crash { member, power: rng.random_bool(0.7), down },
     }

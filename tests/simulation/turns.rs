@@ -5,18 +5,12 @@ use std::{
     sync::{atomic::Ordering, mpsc::sync_channel},
 };
 
-use actd::{
-    actor::shell::Flow,
-    apply,
-    mvcc::view::Sizes,
-    raft, snapshot,
-    storage::{Bucket, Storage as _},
-    wal,
-};
-use bytes::Bytes;
+use actd::{actor::shell::Flow, apply, mvcc::view::Sizes, raft, snapshot, wal};
+
+use tokio::sync::oneshot::{self, error::TryRecvError};
 
 use super::{
-    member::{Job, Process, Seen},
+    member::{Job, Process, Seen, rows_size},
     plan::{MS, SECOND, TICK},
     world::{Event, World, hashed},
 };
@@ -73,6 +67,8 @@ impl World {
             self.process(m).is_removed.store(false, Ordering::Relaxed);
             self.after(SECOND, Event::Removed(m, epoch));
         }
+        let is_open = |answer: &mut oneshot::Receiver<()>| answer.try_recv() == Err(TryRecvError::Empty);
+        self.process(m).defragments.retain_mut(is_open);
         self.look_at_snapshot(m);
         self.follow_leadership(m);
         self.collect(m);
@@ -90,6 +86,9 @@ impl World {
         if self.process(m).apply.wants_turn() {
             let (each, until) = self.members[m].slow_apply;
             let slow = if until > self.now { each } else { 0 };
+            if slow > 0 {
+                self.mark("a batch waits for a slow applier");
+            }
             let took = self.draw(self.plan.config.apply) + slow;
             self.after(took, Event::ApplyTurn(m, epoch));
         }
@@ -119,7 +118,17 @@ impl World {
             self.members[m].lost = Some(text);
             return self.after(100 * MS, Event::Replace(m));
         }
+        self.leads_as_told(m);
         self.check_conf_state(m);
+    }
+
+    fn leads_as_told(&mut self, m: usize) {
+        let now = self.process(m).reading();
+        let told = &mut self.members[m].told_to_lead;
+        if now.is_leader && told.take_if(|term| now.term == *term + 1).is_some() {
+            let is_asked = self.handed_to == Some(m);
+            self.mark(if is_asked { "a transfer moves leadership" } else { "who stops has handed over" });
+        }
     }
 
     /// Raft has in force what the store says, as long as nothing of it is on its way.
@@ -145,12 +154,7 @@ impl World {
     /// Sizes are kept up to date with each row that comes and goes. Once nothing waits for clean-up they are those of the rows.
     pub fn check_sizes(&mut self, m: usize) {
         let process = self.process(m);
-        let mut sum = Sizes::EMPTY.total;
-        let mut visit = |key: &[u8], value: Bytes| {
-            sum += (key.len() + value.len()) as u64 + Sizes::ROW_OVERHEAD;
-            true
-        };
-        process.in_use.scan(Bucket::Key, &[], &[], &mut visit).expect("memory is read");
+        let sum = rows_size(&*process.in_use);
         let sizes = process.view.load().kv.sizes;
         assert_eq!(sizes, Sizes { total: sum, in_use: sum }, "m{m} counts other sizes than its rows have");
     }
@@ -181,6 +185,9 @@ impl World {
         let checkpoints = process.in_hand.iter().filter(|job| matches!(job, Job::Snapshot(_))).count();
         let (each, until) = self.members[m].slow;
         let slow = if until > now { each } else { 0 };
+        if slow > 0 {
+            self.mark("a write waits for a slow disk");
+        }
         let took = self.draw(self.plan.config.disk) + slow;
         let epoch = self.members[m].epoch;
         self.after(took, Event::DiskDone(m, epoch));
@@ -205,6 +212,15 @@ impl World {
                 // Nothing more is acknowledged, the process ends.
                 self.say(|| format!("m{m} ends: {e}"));
                 self.mark("the log's disk failed");
+                let text = e.to_string();
+                let kinds = [
+                    ("injected failure: Write", "a write of the log fails"),
+                    ("injected failure: Sync", "a sync of the log fails"),
+                    ("no storage space", "the log's disk is full"),
+                ];
+                for (_, what) in kinds.iter().filter(|(cause, _)| text.contains(cause)) {
+                    self.mark(what);
+                }
                 self.end(m);
             }
         }
@@ -228,6 +244,12 @@ impl World {
             }
             self.say(|| format!("m{m} ends: its store fails"));
             self.mark("the store's disk failed");
+            for (cause, what) in [("commit: ", "a commit of the store fails"), ("sync: ", "a sync of the store fails")]
+            {
+                if text.contains(cause) {
+                    self.mark(what);
+                }
+            }
             self.end(m);
         }
     }
@@ -236,6 +258,10 @@ impl World {
         let instant = self.instant();
         let before = self.process(m).in_use.load();
         self.vital(m, |process| _ = process.apply.turn(instant));
+        if self.is_up(m) && self.members[m].defragments_later && self.process(m).is_cleaning() {
+            self.members[m].defragments_later = false;
+            self.defragment(m);
+        }
         if self.is_up(m) && !std::sync::Arc::ptr_eq(&before, &self.process(m).in_use.load()) {
             self.say(|| format!("m{m} has installed a snapshot"));
             self.mark("snapshot installed");

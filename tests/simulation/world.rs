@@ -58,7 +58,7 @@ pub enum Event {
     /// The hash of a compaction is computed.
     Hashed(usize, u64, Option<HashKv>),
     Unreachable(usize, u64, u64),
-    Message(usize, Box<raftpb::Message>),
+    Message(usize, Box<Sent>),
     /// A database is taken and sent; it arrives; its store is complete.
     SendSnapshot(usize, u64, Box<raftpb::Message>),
     Snapshot(usize, Box<Arrived>),
@@ -84,6 +84,15 @@ pub enum Event {
     Replace(usize),
     /// The next of a row of removals.
     Shrink(usize),
+}
+
+/// A message on its way.
+pub struct Sent {
+    message: raftpb::Message,
+    /// Messages are counted as they are sent.
+    nth: u64,
+    is_late: bool,
+    is_copy: bool,
 }
 
 /// What a client hears.
@@ -113,6 +122,9 @@ pub struct World {
     pub cuts: BTreeMap<(usize, usize), u64>,
     pub loss: (f64, u64),
     pub late: f64,
+    /// Messages sent, and of each link the last that arrived.
+    sent: u64,
+    arrived: BTreeMap<(usize, usize), u64>,
     /// Until when clients have been promised that a lease lives, by the leaders of which terms.
     pub promised: BTreeMap<i64, BTreeMap<u64, u64>>,
     /// When a client heard that its revocation was done.
@@ -125,8 +137,9 @@ pub struct World {
     pub quiet: Option<Quiet>,
     pub requests: BTreeMap<u64, OpId>,
     pub refused: Vec<u64>,
-    /// When a leader was asked last to hand over.
+    /// When a leader was asked last to hand over, and to whom, if to somebody.
     pub handed_over: u64,
+    pub handed_to: Option<usize>,
     pub next_member: u64,
     /// A member was asked to leave.
     pub is_smaller: bool,
@@ -180,6 +193,8 @@ impl World {
             cuts: BTreeMap::new(),
             loss: (config.loss, u64::MAX),
             late: config.late,
+            sent: 0,
+            arrived: BTreeMap::new(),
             promised: BTreeMap::new(),
             revoked_at: BTreeMap::new(),
             expired: BTreeMap::new(),
@@ -189,6 +204,7 @@ impl World {
             requests: BTreeMap::new(),
             refused: Vec::new(),
             handed_over: 0,
+            handed_to: None,
             next_member: 0xa0,
             is_smaller: false,
             next_lease: 1,
@@ -327,6 +343,7 @@ impl World {
             }
             if member.paused_until > self.now {
                 let until = member.paused_until;
+                self.mark("an event waits for a member that stands still");
                 return self.at(until, event);
             }
             self.note(&[self.now, m as u64]);
@@ -347,7 +364,7 @@ impl World {
             Event::HubWork(m, _) => self.hub_work(m),
             Event::Hashed(m, _, hash) => drop(self.process(m).apply_tx.control(apply::Control::Hashed(hash))),
             Event::Unreachable(m, _, id) => drop(self.process(m).raft_tx.control(raft::Control::Unreachable(id))),
-            Event::Message(m, message) => self.deliver(m, *message),
+            Event::Message(m, sent) => self.arrives(m, *sent),
             Event::SendSnapshot(m, epoch, message) => self.send_snapshot(m, epoch, message),
             Event::Snapshot(m, arrived) => self.snapshot_arrives(m, *arrived),
             Event::Built(m, _) => self.built(m),
@@ -368,6 +385,7 @@ impl World {
             Event::RoomAgain(m) => self.members[m].disk.set_room(None),
             Event::Removed(m, _) => {
                 self.say(|| format!("m{m} stops: it was removed"));
+                self.mark("a removed member ends");
                 self.crash(m, false);
                 self.members[m].lost = Some(REMOVED.to_owned());
             }
@@ -409,6 +427,9 @@ impl World {
         let seed = self.plan.seed;
         let (config, now, instant) = (self.plan.config.clone(), self.now, self.instant());
         let first = std::mem::take(&mut self.first);
+        if std::mem::take(&mut self.members[m].is_clock_set) {
+            self.mark("a start sees a clock that was set");
+        }
         let others_hold = self.members[m].had_synced.is_some_and(|held| self.others_hold(m, held.last));
         let started = self.members[m].start(&config, &first, now, instant, others_hold, seed);
         self.first = first;
@@ -438,7 +459,8 @@ impl World {
             Err(reason) => {
                 if member.full_until > now || reason.contains("injected failure") {
                     // Somebody makes room and starts it again.
-                    let at = member.full_until.max(now + 100 * MS);
+                    self.mark("a start finds a disk that is full or fails");
+                    let at = self.members[m].full_until.max(now + 100 * MS);
                     return self.restart_after(m, at - now + MS);
                 }
                 assert!(member.may_refuse || reason == REMOVED, "m{m} does not start any more: {reason}");
@@ -533,10 +555,13 @@ impl World {
         self.cuts.get(&(from, to)).is_some_and(|until| *until > self.now)
     }
 
-    pub fn cut(&mut self, links: &[(usize, usize)], until: u64) {
+    /// Whether any of them joins members that there are.
+    pub fn cut(&mut self, links: &[(usize, usize)], until: u64) -> bool {
         for link in links {
             self.cuts.insert(*link, until);
         }
+        let count = self.members.len();
+        links.iter().any(|(from, to)| *from < count && *to < count)
     }
 
     pub fn heal(&mut self) {
@@ -569,26 +594,55 @@ impl World {
             return self.after(MS, Event::SendSnapshot(from, epoch, Box::new(message)));
         }
         if self.is_cut(from, to) {
+            self.mark("a cut keeps a message back");
+            if !self.is_cut(to, from) {
+                self.mark("a cut of one direction keeps a message back");
+            }
             if self.rng.random_bool(0.3) {
                 self.after(MS, Event::Unreachable(from, epoch, self.members[to].id));
             }
             return;
         }
         let (loss, until) = self.loss;
+        let is_lossy = until > self.now && until != u64::MAX;
         let loss = if until > self.now { loss } else { self.plan.config.loss };
         if loss > 0.0 && self.rng.random_bool(loss) {
-            return;
+            return self.mark(if is_lossy { "a message is lost in a lossy time" } else { "a message is lost" });
         }
+        self.sent += 1;
+        let nth = self.sent;
         // The transport never sends a forwarded proposal twice.
         let repeat = self.plan.config.repeat;
         if repeat > 0.0 && kind != MessageType::MsgProp && self.rng.random_bool(repeat) {
             let latency = self.draw(self.plan.config.latency) * 3;
-            self.after(latency, Event::Message(to, Box::new(message.clone())));
+            let sent = Sent { message: message.clone(), nth, is_late: false, is_copy: true };
+            self.after(latency, Event::Message(to, Box::new(sent)));
         }
         let late = self.late;
         let is_late = late > 0.0 && self.rng.random_bool(late);
         let latency = self.draw(if is_late { LATE } else { self.plan.config.latency });
-        self.after(latency, Event::Message(to, Box::new(message)));
+        let sent = Sent { message, nth, is_late, is_copy: false };
+        self.after(latency, Event::Message(to, Box::new(sent)));
+    }
+
+    /// What the network did to a message shows when it comes.
+    fn arrives(&mut self, m: usize, sent: Sent) {
+        let Sent { message, nth, is_late, is_copy } = sent;
+        if let Some(from) = self.index_of(message.from()) {
+            let last = self.arrived.entry((from, m)).or_default();
+            let is_overtaken = nth < *last;
+            *last = nth.max(*last);
+            if is_overtaken && !is_copy {
+                self.mark("a message comes behind one that was sent later");
+            }
+        }
+        if is_late {
+            self.mark("a message comes late");
+        }
+        if is_copy {
+            self.mark("a message comes twice");
+        }
+        self.deliver(m, message);
     }
 
     pub fn deliver(&mut self, m: usize, message: raftpb::Message) {
@@ -624,6 +678,7 @@ impl World {
         }
         if message.r#type() == MessageType::MsgTimeoutNow {
             self.mark("leadership handed over");
+            self.members[m].told_to_lead = Some(message.term());
         }
         let process = self.process(m);
         // Without room it is dropped.
@@ -656,7 +711,10 @@ impl World {
                 let arrived = Arrived { from: Some((m, epoch)), message: *message, file, expected, is_cut, is_flipped };
                 self.after(arrives, Event::Snapshot(to, Box::new(arrived)));
             }
-            _ => {
+            to_whom => {
+                if to_whom.is_some_and(|to| self.is_cut(m, to)) {
+                    self.mark("a cut keeps a snapshot back");
+                }
                 self.mark("snapshot send interrupted");
                 self.after(arrives, Event::SnapshotReport(m, epoch, to, false));
             }
@@ -834,7 +892,10 @@ impl World {
     /// No member owes anybody an answer.
     pub fn has_answered(&self) -> bool {
         let owes = |process: &Process| {
-            !process.waiters.is_empty() || !process.readers.is_empty() || !process.renewals.is_empty()
+            !process.waiters.is_empty()
+                || !process.readers.is_empty()
+                || !process.renewals.is_empty()
+                || !process.defragments.is_empty()
         };
         !self.members.iter().filter_map(|member| member.process.as_deref()).any(owes)
     }
