@@ -131,6 +131,7 @@ async fn attach(server: &common::Server) {
         cluster_id: header.cluster_id,
         member_id,
         own_peer_urls: vec![Url::parse(&own_url).unwrap()],
+        local_address: None,
         election_timeout: Duration::from_secs(1),
         incoming: follower.clone(),
         databases: Arc::new(NoDatabases),
