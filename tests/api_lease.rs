@@ -443,7 +443,7 @@ fn leases_that_end_together_fail_nobody_else() {
         let metrics = common::http_get(port, "/metrics").expect("metrics");
         let line =
             metrics.lines().find(|l| l.starts_with("actd_gate_slots_used{gate=\"proposals\"}")).expect("the gate");
-        line.rsplit(' ').next().and_then(|n| n.parse::<u64>().ok()).expect("a number")
+        line.rsplit(' ').next().and_then(|n| n.parse::<f64>().ok()).expect("a number") as u64
     };
     block_on(async {
         let mut c = Client::connect(&server).await;

@@ -228,7 +228,7 @@ async fn many_lists_at_once_share_a_bounded_memory() {
 fn gate(server: &Server, gate: &str, name: &str) -> u64 {
     let text = common::http_get(server.client_port, "/metrics").expect("metrics");
     let line = text.lines().find(|line| line.starts_with(&format!("{name}{{gate=\"{gate}\"}}")));
-    line.and_then(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).expect("a number")
+    line.and_then(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).expect("a number") as u64
 }
 
 /// Waits until `done`.
