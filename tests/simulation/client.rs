@@ -24,6 +24,8 @@ pub struct Client {
     /// The member it is connected to.
     member: usize,
     op: Option<OpId>,
+    /// What it asks again, because it was not done or nobody said so.
+    again: Option<Kind>,
     /// The lease it keeps alive, and until when it bothers.
     lease: Option<(i64, u64)>,
     /// Revisions it has heard of.
@@ -75,7 +77,7 @@ const PATIENCE: (u64, u64) = (800 * MS, 9 * SECOND);
 
 impl Client {
     pub fn new(member: usize) -> Self {
-        Self { member, op: None, lease: None, revision: 1, written: 0 }
+        Self { member, op: None, again: None, lease: None, revision: 1, written: 0 }
     }
 }
 
@@ -149,7 +151,13 @@ impl World {
             self.clients[c].member = self.another_member();
         }
         let member = self.clients[c].member;
-        let kind = self.choose(c);
+        let kind = match self.clients[c].again.take() {
+            Some(kind) => {
+                self.mark("a client asks again");
+                kind
+            }
+            None => self.choose(c),
+        };
         let op = self.begin(Some(c), member, kind.clone());
         self.say(|| format!("client {c} asks m{member}, operation {op}: {}", shown(&kind)));
         self.clients[c].op = Some(op);
@@ -304,6 +312,13 @@ impl World {
         self.ops[op].is_ok = matches!(answer, Answer::Outcome(Ok(_)) | Answer::Range(Ok(_)) | Answer::Renewed(Ok(1..)));
         if let (Kind::Change(Change::Promote(_)), true) = (&kind, self.ops[op].is_ok) {
             self.mark("learner promoted");
+        }
+        // A lease is granted once: a promise belongs to one life of it.
+        let is_grant = matches!(&kind, Kind::Write(write) if write.lease_grant.is_some());
+        if let Some(client) = client.filter(|_| !self.ops[op].is_ok && !is_grant)
+            && self.rng.random_bool(0.5)
+        {
+            self.clients[client].again = Some(kind.clone());
         }
         let mut hasher = DefaultHasher::new();
         format!("{answer:?}").hash(&mut hasher);

@@ -121,7 +121,8 @@ fn no_seed_breaks_a_promise() {
 }
 
 /// What each fault must have done in a hundred seeds: noted where it acts, so that a fault that does nothing is missed.
-const EFFECTS: [&str; 24] = [
+const EFFECTS: [&str; 25] = [
+    "a client asks again",
     "a cut keeps a message back",
     "a cut of one direction keeps a message back",
     "a message is lost",
